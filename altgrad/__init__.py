@@ -1,0 +1,46 @@
+"""altgrad: train PyTorch models with gradients that do not come from plain backpropagation.
+
+Importing this package imports neither torch nor anything else heavy: public names are looked up when they are first used.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+PUBLIC = {
+    "Learner": "altgrad.learner",
+    "Report": "altgrad.learner",
+    "grad": "altgrad.functions",
+    "value_and_grad": "altgrad.functions",
+    "Key": "altgrad.rng",
+    "World": "altgrad.world",
+    "Engine": "altgrad.engine",
+    "Estimate": "altgrad.engine",
+    "Needs": "altgrad.engine",
+    "Bias": "altgrad.engine",
+    "Split": "altgrad.engine",
+    "fit_check": "altgrad.engine",
+    "Problem": "altgrad.problem",
+    "Batch": "altgrad.problem",
+    "Supervised": "altgrad.problems.supervised",
+}
+
+__all__ = ["__version__", *PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'altgrad' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(PUBLIC[name]), name)
+    except ModuleNotFoundError as error:
+        if error.name in {"torch", "safetensors"}:
+            from altgrad.errors import MissingExtraError
+
+            raise MissingExtraError(error.name, "torch", f"altgrad.{name}") from error
+        raise
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,159 @@
+"""The one interface: what an engine needs, how its estimate may differ from backprop, and what an estimate is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum, Flag, auto
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from altgrad.errors import CapabilityError
+from altgrad.rng import Key, tensor_id
+from altgrad.world import World
+
+if TYPE_CHECKING:
+    from altgrad.problem import Batch, Problem
+
+Tree = dict[str, Tensor]  # flat, keyed by dotted parameter name
+
+
+class Needs(Flag):
+    """What an engine asks of a problem; a problem provides a need by implementing its view."""
+
+    VALUE = auto()
+    TANGENT = auto()
+    REVERSE = auto()
+    BLOCKS = auto()
+    LABELS = auto()
+    ENERGY = auto()
+    FIXED_POINT = auto()
+    DISCRETE = auto()
+
+
+class Bias(Enum):
+    """How an estimate may differ from backprop's gradient; decides which conformance checks apply."""
+
+    EXACT = "equal up to rounding"
+    UNBIASED = "its mean equals it"
+    SMOOTHED = "unbiased for the smoothed loss"
+    LIMIT = "its error vanishes at a declared order"
+    LOCAL = "exact for each block's own loss"
+    SURROGATE = "exact for a declared stand-in derivative"
+    DISPLACEMENT = "a move, not a derivative"
+    GUIDED = "a projection on guessed directions: shrunk, never reversed"
+
+
+class Split(Enum):
+    """What ranks divide among themselves."""
+
+    DATA = "data"
+    POPULATION = "population"
+
+
+class Estimate(NamedTuple):
+    """What one look at a problem gives."""
+
+    loss: Tensor  # scalar, detached
+    grads: Mapping[str, Tensor]  # may be lazy, tensor by tensor; a name left out = "do not touch", never zeros
+    state: Tree  # the next engine state; tensors only
+    metrics: Mapping[str, Tensor]  # 0-d, on device; always has "forwards"
+    buffers: Tree  # batch-norm statistics and the like: updated once, from the unperturbed pass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A learning rule: settings (the fields of a frozen dataclass) plus pure methods.
+
+    Subclasses set `name`, `needs`, `bias`, `split`, `source` as class attributes, or as properties where settings decide.
+    """
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__.lower()
+
+    @property
+    def needs(self) -> Needs:
+        raise NotImplementedError
+
+    @property
+    def bias(self) -> Bias:
+        raise NotImplementedError
+
+    @property
+    def split(self) -> Split:
+        return Split.DATA
+
+    @property
+    def source(self) -> str:
+        """Paper, arXiv id, equation."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain values, for logs and checkpoints."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def aux(self, problem: "Problem", key: Key) -> Tree:
+        """Extra trainables the rule brings along (a local head, say); they join the parameters under these names."""
+        return {}
+
+    def init(self, problem: "Problem", params: Tree, key: Key) -> Tree:
+        """The engine's first state."""
+        return {}
+
+    def estimate(self, problem: "Problem", params: Tree, state: Tree, batch: "Batch", key: Key, world: World) -> Estimate:
+        """The loss on `batch` and an estimate of its gradient with respect to `params`; pure."""
+        raise NotImplementedError
+
+    def predict(self, problem: "Problem", params: Tree, state: Tree, inputs: Any) -> Any:
+        """The engine's own read-out; most engines read the model's outputs."""
+        return problem.forward(params, inputs, problem.buffers())
+
+
+def flag_names(needs: Needs) -> str:
+    """The flags of `needs`, comma separated."""
+    return ", ".join(flag.name or "" for flag in Needs if flag in needs) or "nothing"
+
+
+def fit_check(engine: Engine, problem: "Problem", *, alternatives: Mapping[str, Needs] | None = None) -> None:
+    """Refuse, before step 0, an engine that `problem` cannot feed.
+
+    Args:
+        engine: the learning rule, with its settings.
+        problem: what it is to train.
+        alternatives: the needs of every other engine by name, to offer those that do fit.
+
+    Raises:
+        CapabilityError: a need is not provided, or two parameter names share one 32-bit noise address.
+    """
+    missing = engine.needs & ~problem.provides
+    if missing:
+        fitting = sorted(name for name, needs in (alternatives or {}).items() if not needs & ~problem.provides)
+        views = "; ".join(VIEWS[flag] for flag in Needs if flag in missing)
+        offer = f", or use one of: {', '.join(fitting)}." if fitting else "."
+        raise CapabilityError(
+            f"{describe(engine)} needs {flag_names(missing)}, which {type(problem).__name__} does not provide "
+            f"(it provides {flag_names(problem.provides)}). {views}{offer}"
+        )
+    seen: dict[int, str] = {}
+    for name in problem.params():
+        other = seen.setdefault(tensor_id(name), name)
+        if other != name:
+            raise CapabilityError(f"parameters {other!r} and {name!r} have the same 32-bit noise address; rename one of them.")
+
+
+def describe(engine: Engine) -> str:
+    """`Forward(space='weights')`: the engine with the settings that differ from their defaults."""
+    changed = [f"{f.name}={getattr(engine, f.name)!r}" for f in fields(engine) if getattr(engine, f.name) != f.default]
+    return f"{type(engine).__name__}({', '.join(changed)})"
+
+
+VIEWS = {
+    Needs.VALUE: "Implement losses(params, batch)",
+    Needs.TANGENT: "Implement losses(params, batch) with differentiable tensor operations and leave `differentiable` true",
+    Needs.REVERSE: "Implement losses(params, batch) with differentiable tensor operations and leave `differentiable` true",
+    Needs.BLOCKS: "Implement blocks()",
+    Needs.LABELS: "Implement classes and with_label(x, y)",
+    Needs.ENERGY: "Implement energy(params, s, x)",
+    Needs.FIXED_POINT: "Implement step(params, s, x)",
+    Needs.DISCRETE: "Set discrete = True and say which parameters take which values",
+}

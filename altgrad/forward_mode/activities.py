@@ -1,0 +1,144 @@
+r"""Perturbing what layers put out instead of what they hold.
+
+For a layer l with output y_l (one row an example n) the tangents are ε_k ~ N(0, I) of y_l's shape; one jvp gives, per example,
+j_kn = Σ_l ⟨∂L_n/∂y_ln, ε_kln⟩. Since E[j ε] = ∂L/∂y, the layer's parameters get
+
+    δ_ln = (1/K) Σ_k j_kn ε_kln,      ∂W_l = (1/N) Σ_n δ_ln x_lnᵀ,      ∂b_l = (1/N) Σ_n δ_ln.
+
+Memory: `store` keeps every layer's input and noise until j is known; `replay` keeps nothing, runs the plain forward once more,
+draws the same noise from its address and adds each layer's gradient as it passes.
+
+Source: Ren, Kornblith, Liao, Hinton, "Scaling Forward Gradient With Local Losses", ICLR 2023, arXiv 2210.03310.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad.errors import CapabilityError
+from altgrad.forward_mode.dual import Dual, Trace
+from altgrad.forward_mode.guide import Guide
+from altgrad.kernels import noise
+from altgrad.perturb import Dense
+from altgrad.rng import Key, tensor_id
+
+Local = Callable[[Tensor], list[Tensor | None]]
+
+
+class SiteParameter:
+    """A parameter whose layer's output is perturbed in its stead; used outside any layer it falls back to weight tangents."""
+
+    is_site = True
+
+    def __init__(self, trace: "ActivityTrace", name: str, value: Tensor):
+        self.trace, self.name, self.value = trace, name, value
+        self.used = False
+
+    def dense(self) -> Tensor:
+        """Weight tangents [K (+ guides), *shape], for operations that have no layer rule; noted on the trace."""
+        trace = self.trace
+        if self.name not in trace.weights:
+            trace.weights[self.name] = Dense(trace.key, self.name, self.value, trace.draws, trace.law)
+        drawn = trace.weights[self.name].dense()
+        return drawn if not trace.guides else torch.cat([drawn, drawn.new_zeros(trace.guides, *drawn.shape[1:])])
+
+
+class ActivityTrace(Trace):
+    """One pass with perturbed layer outputs: draws the noise, and turns the measured derivatives into gradients.
+
+    Args:
+        key: the address of the noise.
+        draws: the member numbers of this pass's random tangents, K of them.
+        law: "normal" or "sign".
+        examples: N, the examples in the batch; first: the global index of the first one.
+        store: keep inputs and noise for `gradients`; otherwise run a `replay`.
+        guide: unit directions at guided sites, one extra tangent each; None for random directions alone.
+        scale: the divisor of the random part, K over all passes.
+    """
+
+    def __init__(self, key: Key, draws: Sequence[int], *, law: str, examples: int, first: int, store: bool, guide: Guide | None, scale: int):
+        self.guides = guide.count if guide else 0
+        super().__init__(len(draws) + self.guides)
+        self.key, self.draws, self.law, self.examples, self.first, self.store, self.guide, self.scale = key, draws, law, examples, first, store, guide, max(1, scale)
+        self.calls: Counter[str] = Counter()
+        self.records: list[tuple[list[str | None], Local, Tensor, Tensor | None, int]] = []
+        self.weights: dict[str, Dense] = {}  # parameters that fell back to weight tangents
+        self.moved: Tensor | None = None  # [K (+ guides), N] or [K (+ guides), 1]: the measured derivatives
+        self.grads: dict[str, Tensor] = {}
+        self.by_batch = 0  # sites whose rows are not examples: one coefficient a batch
+
+    def parameters(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The parameters as sites."""
+        return {name: Dual(value, None, self, SiteParameter(self, name, value)) for name, value in params.items()}
+
+    def site(self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Local, *, channel: int) -> Tensor | None:
+        owners = [p.source.name if isinstance(p, Dual) and getattr(p.source, "is_site", False) else None for p in (weight, bias)]
+        name = next(owner for owner in owners if owner is not None)
+        call, self.calls[name] = self.calls[name], self.calls[name] + 1
+        per_example = output.numel() // self.examples if output.shape[0] == self.examples else 0
+        drawn = noise.draw(self.law, self.key, tensor_id(f"{name}@{call}"), self.draws, output.shape, start=self.first * per_example, dtype=output.dtype, device=output.device)
+        unit, slot = None, -1
+        if self.guide is not None and self.guide.knows(name, output, channel):
+            if call:
+                raise CapabilityError(f"guess='local' guides a layer that runs once a pass, but {name!r} runs more often; use guess='random'.")
+            unit, slot = self.guide.direction(name, output, channel), len(self.draws) + self.guide.slot(name)
+            axes = tuple(range(2, drawn.ndim))
+            drawn -= (drawn * unit).sum(axes, keepdim=True) * unit
+        if self.plain:
+            self.collect(owners, local, drawn, unit, slot)
+            return None
+        if self.store:
+            self.records.append((owners, local, drawn, unit, slot))
+        if not self.guides:
+            if tangent is None:
+                return drawn.clone() if self.store else drawn  # a clone: an in-place activation must not write into the record
+            return tangent.add_(drawn) if self.store else drawn.add_(tangent)
+        tangent = output.new_zeros(self.members, *output.shape) if tangent is None else tangent
+        tangent[: len(self.draws)] += drawn
+        if unit is not None:
+            tangent[slot] += unit
+        return tangent
+
+    def collect(self, owners: list[str | None], local: Local, drawn: Tensor, unit: Tensor | None, slot: int) -> None:
+        """δ from the noise and the measured derivatives, and from δ the gradients of the layer's parameters."""
+        assert self.moved is not None
+        count, moved = len(self.draws), self.moved
+        by_example = moved.shape[1] == self.examples and drawn.shape[1] == self.examples and not self.mixes_examples
+        if by_example:
+            spread = (-1, self.examples, *(1 for _ in drawn.shape[2:]))
+            share = moved / self.examples
+        else:
+            self.by_batch += 1
+            spread = (-1, *(1 for _ in drawn.shape[1:]))
+            share = moved.mean(1)
+        coefficients = (share[:count] / self.scale).to(drawn.dtype).reshape(spread)
+        delta = (drawn * coefficients).sum(0)
+        if unit is not None:
+            delta += unit * share[slot].to(drawn.dtype).reshape(spread[1:] if by_example else ())
+        for owner, grad in zip(owners, local(delta), strict=False):
+            if owner is not None and grad is not None:
+                self.grads[owner] = self.grads[owner].add_(grad) if owner in self.grads else grad
+
+    def settle(self, moved: Tensor) -> None:
+        """Take the measured derivatives of the losses, [K (+ guides), N]."""
+        self.moved = moved
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradients by parameter name, once every site is collected (now, from the records, or by a replay)."""
+        for record in self.records:
+            self.collect(*record)
+        self.records = []
+        assert self.moved is not None
+        total = (self.moved.mean(1)[: len(self.draws)] / self.scale).float()
+        for name, drawn in self.weights.items():
+            fallen = drawn.combine(total)
+            self.grads[name] = self.grads[name] + fallen if name in self.grads else fallen
+        return self.grads
+
+    def begin_replay(self) -> None:
+        """From here on, layers run plainly and add their gradients as they pass."""
+        self.plain = True
+        self.calls.clear()

@@ -1,0 +1,131 @@
+"""What is trained: a model, a loss and data, seen through views. Implement a view and the problem provides the need."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from altgrad.engine import Needs, Tree
+from altgrad.world import World
+
+
+class Batch(NamedTuple):
+    """One batch: `inputs` and `targets` are tensors, tuples or dicts whose first axis counts examples."""
+
+    inputs: Any
+    targets: Any
+    first: int = 0  # global index of the first example in the step's batch, so that ranks address different noise
+
+
+class Problem:
+    """Base of all problems. Every view that a subclass overrides turns on the need it serves (see `provides`)."""
+
+    name = "problem"
+    differentiable = True  # TANGENT and REVERSE
+    discrete = False  # DISCRETE
+    steps_per_epoch: int | None = None
+
+    def params(self) -> Tree:
+        """The trainable tensors by dotted name (detached or not: engines detach)."""
+        raise NotImplementedError
+
+    def buffers(self) -> Tree:
+        """The current buffers by dotted name (running statistics and the like)."""
+        return {}
+
+    def load(self, params: Tree, buffers: Tree) -> None:
+        """Copy values into the problem's own tensors, in place."""
+        own = {**self.params(), **self.buffers()}
+        with torch.no_grad():
+            for name, value in {**params, **buffers}.items():
+                if name in own:
+                    own[name].copy_(value)
+
+    def batch(self, step: int, world: World) -> Batch:
+        """The batch of a step: a pure function of `step` and rank, so that resume needs no saved state."""
+        raise NotImplementedError
+
+    def batch_size_of(self, batch: Batch) -> int:
+        """The number of examples in `batch`."""
+        return first_tensor(batch.inputs).shape[0]
+
+    def forward(self, params: Tree, inputs: Any, buffers: Tree) -> Any:
+        """The model's outputs; names in `params` that are not the model's (an engine's own) are left alone. `buffers` may be written in place: hand in clones (`fresh_buffers`)."""
+        raise NotImplementedError
+
+    def losses(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        """The loss of every example [N]; or [1], the loss of the whole batch, where examples cannot be told apart."""
+        raise NotImplementedError
+
+    def loss(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        """The mean loss of the batch, a scalar."""
+        return self.losses(params, batch, buffers).mean()
+
+    def score(self, outputs: Any, targets: Any) -> Tensor:
+        """The losses [N] of outputs against targets, for rules that put heads of their own on a model."""
+        raise NotImplementedError
+
+    def blocks(self) -> list[Any]:
+        """The model as (name, parameter names, apply) in order."""
+        raise NotImplementedError
+
+    def energy(self, params: Tree, s: Any, x: Any) -> Tensor:
+        """The energy of every example [N] in state s."""
+        raise NotImplementedError
+
+    def step(self, params: Tree, s: Any, x: Any) -> Any:
+        """One application of the contraction whose fixed point is the state."""
+        raise NotImplementedError
+
+    @property
+    def classes(self) -> int | None:
+        """The number of classes, for labelled problems."""
+        return None
+
+    def with_label(self, x: Any, y: Tensor) -> Any:
+        """`x` with the label `y` written into it."""
+        raise NotImplementedError
+
+    def evaluate(self, predict: Any, *, split: str = "test") -> dict[str, float]:
+        """Held-out figures of `predict(inputs) -> outputs`, for instance {"accuracy": 0.97, "loss": 0.1}."""
+        return {}
+
+    def fresh_buffers(self) -> Tree:
+        """Clones of the buffers, which one forward pass may write."""
+        return {name: value.detach().clone() for name, value in self.buffers().items()}
+
+    @property
+    def provides(self) -> Needs:
+        """Computed from which views the class overrides."""
+
+        def overrides(*names: str) -> bool:
+            return all(getattr(type(self), name) is not getattr(Problem, name) for name in names)
+
+        found = Needs(0)
+        if overrides("losses"):
+            found |= Needs.VALUE
+            if self.differentiable:
+                found |= Needs.TANGENT | Needs.REVERSE
+        for flag, names in {
+            Needs.BLOCKS: ("blocks",),
+            Needs.LABELS: ("classes", "with_label"),
+            Needs.ENERGY: ("energy",),
+            Needs.FIXED_POINT: ("step",),
+        }.items():
+            if overrides(*names):
+                found |= flag
+        if self.discrete:
+            found |= Needs.DISCRETE
+        return found
+
+
+def first_tensor(tree: Any) -> Tensor:
+    """The first tensor of a nest of tuples, lists and dicts."""
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise TypeError(f"expected at least one tensor in the inputs, got {type(tree).__name__}")
+    return leaves[0]
+
+
+__all__ = ["Batch", "Problem", "first_tensor"]

@@ -1,0 +1,9 @@
+"""The table of problems: name -> "package.module:factory", a frozen dataclass of settings whose `build` gives the problem."""
+
+TABLE = {
+    "digits": "altgrad.problems.images:Digits",
+    "mnist": "altgrad.problems.images:MNIST",
+    "fashion-mnist": "altgrad.problems.images:FashionMNIST",
+    "cifar10": "altgrad.problems.images:CIFAR10",
+    "quadratic": "altgrad.problems.quadratic:Quadratic",
+}
