@@ -186,7 +186,7 @@ def encode(tensors: Mapping[str, Tensor]) -> tuple[bytes, dict[str, dict[str, An
         if owner != name:
             described[name]["same_as"] = owner
             continue
-        order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+        order = sorted(range(tensor.ndim), key=[-stride for stride in tensor.stride()].__getitem__)
         plain = tensor.detach().resolve_conj().resolve_neg()
         if not plain.is_contiguous() and plain.permute(order).is_contiguous():  # kept, because a product in another layout rounds differently
             plain, described[name]["order"] = plain.permute(order), order

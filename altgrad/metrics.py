@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from altgrad.kernels import scratch
+
 
 @dataclass
 class Meter:
@@ -21,11 +23,12 @@ class Meter:
     peak: int = 0
     total: int = 0
     live: int = 0
-    events: list[tuple[int, int]] = field(default_factory=list)  # (storage, ±bytes) in order
+    events: list[tuple[int, int]] = field(default_factory=list, repr=False)  # (serial number of a storage, ±bytes) in order
+    alive: dict[int, tuple[StorageWeakRef, int, int]] = field(default_factory=dict, repr=False)  # address -> reference, bytes, serial number
 
     def peak_without(self, tensors: Iterable[Tensor]) -> int:
-        """The peak, had the storages of `tensors` (gradients, say) not counted."""
-        skip = {tensor.untyped_storage()._cdata for tensor in tensors}
+        """The peak, had the storages of `tensors` (gradients, say; still alive) not counted."""
+        skip = {self.alive[handle][2] for tensor in tensors if (handle := tensor.untyped_storage()._cdata) in self.alive}
         live = peak = 0
         for handle, size in self.events:
             if handle not in skip:
@@ -71,38 +74,49 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self, exclude: Iterable[Tensor] = ()):
         super().__init__()
-        self.meter, self.skip = Meter(), {tensor.untyped_storage()._cdata for tensor in exclude}
-        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.meter = Meter()
+        self.before: dict[int, StorageWeakRef] = {}  # storages that were there before the mode was on
+        self.alive = self.meter.alive
+        self.made = 0
+        for tensor in exclude:
+            self.note_before(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(args):  # what the operation was given was there before it
-            if isinstance(leaf, Tensor) and (storage := leaf.untyped_storage())._cdata not in self.alive:
-                self.skip.add(storage._cdata)
-        for handle in [handle for handle, (reference, _) in self.alive.items() if reference.expired()]:
-            size = self.alive.pop(handle)[1]
+            if isinstance(leaf, Tensor):
+                self.note_before(leaf)
+        for handle in [handle for handle, (reference, *_) in self.alive.items() if reference.expired()]:
+            _, size, serial = self.alive.pop(handle)
             self.meter.live -= size
-            self.meter.events.append((handle, -size))
+            self.meter.events.append((serial, -size))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.count(leaf)
         self.meter.peak = max(self.meter.peak, self.meter.live)
         return result
 
+    def note_before(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive and storage._cdata not in self.before:
+            self.before[storage._cdata] = StorageWeakRef(storage)  # which also keeps the address from being used again
+
     def count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self.skip or storage._cdata in self.alive:
+        if storage._cdata in self.before or storage._cdata in self.alive:
             return
         size = storage.nbytes()
-        self.alive[storage._cdata] = StorageWeakRef(storage), size
+        self.made += 1  # an address may be used again, a serial number is not
+        self.alive[storage._cdata] = StorageWeakRef(storage), size, self.made
         self.meter.live += size
         self.meter.total += size
-        self.meter.events.append((storage._cdata, size))
+        self.meter.events.append((self.made, size))
 
 
 @contextmanager
 def live_bytes(exclude: Iterable[Tensor] = ()) -> Iterator[Meter]:
     """Bytes of tensors made inside the block and alive at once, those of `exclude` (parameters, gradients) not counted."""
+    scratch.clear()  # buffers made before would not be seen
     mode = LiveTensors(exclude)
     with mode:
         yield mode.meter

@@ -15,6 +15,9 @@ from altgrad.kernels import noise
 from altgrad.rng import Key, tensor_id
 
 
+SMALL = 1 << 14  # numbers: directions up to this size (biases, norms) are kept for the step, as drawing them twice costs more
+
+
 class Directions(Protocol):
     """K directions of one tensor of `shape`."""
 
@@ -41,10 +44,16 @@ class Dense:
         self.key, self.tensor, self.members, self.law = key, tensor_id(name), members, law
         self.shape, self.dtype, self.device = like.shape, like.dtype, like.device
         self.used = False
+        self.kept: Tensor | None = None
 
     def dense(self) -> Tensor:
         self.used = True
-        return noise.draw(self.law, self.key, self.tensor, self.members, self.shape, dtype=self.dtype, device=self.device)
+        if self.kept is not None:
+            return self.kept
+        drawn = noise.draw(self.law, self.key, self.tensor, self.members, self.shape, dtype=self.dtype, device=self.device)
+        if drawn.numel() <= SMALL:
+            self.kept = drawn
+        return drawn
 
     def member(self, index: int) -> Tensor:
         """One direction, [*shape]."""
@@ -52,10 +61,13 @@ class Dense:
         return noise.draw(self.law, self.key, self.tensor, [self.members[index]], self.shape, dtype=self.dtype, device=self.device)[0]
 
     def combine(self, coefficients: Tensor) -> Tensor:
+        wide = torch.promote_types(self.dtype, torch.float32)
+        if len(self.members) * self.shape.numel() <= SMALL:
+            return torch.tensordot(coefficients.to(wide), self.dense().to(wide), 1).to(self.dtype)
         # One member at a time and added in float32: the sum needs one direction's memory, whatever K is.
-        result = torch.zeros(self.shape, dtype=torch.promote_types(self.dtype, torch.float32), device=self.device)
+        result = torch.zeros(self.shape, dtype=wide, device=self.device)
         for index in range(len(self.members)):
-            result.addcmul_(self.member(index).to(result.dtype), coefficients[index].to(result.dtype))
+            result.addcmul_(self.member(index).to(wide), coefficients[index].to(wide))
         return result.to(self.dtype)
 
     def gram(self) -> Tensor:
@@ -77,9 +89,9 @@ class LowRank:
         self.used = True
         if self.cache is None:
             rows, columns = self.shape[0], self.shape[1:].numel()
-            a = noise.draw(self.law, self.key, tensor_id(f"{self.name}:A"), self.members, (rows, self.rank), dtype=self.dtype, device=self.device)
-            b = noise.draw(self.law, self.key, tensor_id(f"{self.name}:B"), self.members, (columns, self.rank), dtype=self.dtype, device=self.device)
-            self.cache = a * self.rank**-0.5, b
+            drawn = noise.draw(self.law, self.key, tensor_id(self.name), self.members, (rows + columns, self.rank), dtype=self.dtype, device=self.device)
+            a = drawn[:, :rows]
+            self.cache = (a if self.rank == 1 else a * self.rank**-0.5), drawn[:, rows:]
         return self.cache
 
     def dense(self) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from altgrad import checkpoint, optimizer_state, optimizers, registry, runs
-from altgrad.engine import Engine, Needs, Tree, fit_check
-from altgrad.errors import AltgradError, CheckpointError, NumericsError, SettingError, near_miss, require
+from altgrad.engine import Engine, Tree, fit_check
+from altgrad.errors import CheckpointError, NumericsError, SettingError, near_miss, require
 from altgrad.problem import Problem
 from altgrad.rng import Key
 from altgrad.world import World
@@ -124,7 +124,7 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
     factory = registry.build(registry.find("problem", settings.problem), settings.problem_settings, f"problem {settings.problem}")
     problem = build_problem(factory, settings, key.fold("problem"))
     missing = engine.needs & ~problem.provides
-    fit_check(engine, problem, alternatives=needs_of_engines() if missing else None)
+    fit_check(engine, problem, alternatives=registry.needs() if missing else None)
     params = {name: leaf(tensor) for name, tensor in {**problem.params(), **engine.aux(problem, key.fold("aux"))}.items()}
     defaults = getattr(factory, "defaults", {})
     own_lr = defaults.get("lr") if settings.optimizer.lower() == defaults.get("optimizer", "").lower() else None  # tuned for that optimizer
@@ -260,17 +260,6 @@ def default_lr(optimizer: torch.optim.Optimizer) -> float | None:
     """The learning rate an optimizer chose for itself."""
     value = optimizer.param_groups[0].get("lr")
     return float(value) if isinstance(value, int | float | Tensor) else None
-
-
-def needs_of_engines() -> dict[str, Needs]:
-    """What each known engine needs with its default settings; those that cannot be built are left out."""
-    found = {}
-    for name in registry.names("engine"):
-        try:
-            found[name] = registry.engine(name).needs
-        except AltgradError:
-            continue
-    return found
 
 
 def tupled(value: Any) -> Any:

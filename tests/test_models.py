@@ -103,6 +103,11 @@ def test_a_wider_layer_leaves_the_other_layers_weights_alone():
     assert torch.equal(narrow[0].weight, wide[0].weight)
 
 
+def test_layers_of_one_shape_start_from_different_weights():
+    model = make("mlp", {"hidden": "32-32-32"})
+    assert not torch.equal(model[2].weight, model[4].weight)
+
+
 def test_group_norm_resnet_has_no_buffers_and_batch_norm_has():
     assert not list(make("resnet", {"norm": "group"}).buffers())
     assert list(make("resnet", {"norm": "batch"}).buffers())

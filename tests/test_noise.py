@@ -28,14 +28,8 @@ ADDRESSES = [
     (KEY, 2, range(300), 121, 2),
     (KEY, 3, [5, 5, 1], 40_001, 2**31 + 1),
     *(
-        (
-            Key(int(RANDOM.integers(2**63)), int(RANDOM.integers(2**32))),
-            int(RANDOM.integers(2**32)),
-            RANDOM.integers(2**32, size=3).tolist(),
-            n,
-            int(RANDOM.integers(2**33)),
-        )
-        for n in RANDOM.integers(1, 3000, size=12).tolist()
+        (Key(seed << 29, step), tensor, [a, b, c], a % 3000 + 1, 3 * start)
+        for seed, step, tensor, a, b, c, start in RANDOM.integers(2**32, size=(12, 7)).tolist()
     ),
 ]
 MODES = [False, True]
@@ -101,9 +95,8 @@ def test_compiled_normals_run_the_compiled_block(monkeypatch):
         assert noise.compile_failures() == 1
         return
     calls = []
-    monkeypatch.setattr(
-        noise._compiler, "blocks", {size: (lambda *a, f=f, size=size: calls.append(size) or f(*a)) for size, f in noise._compiler.blocks.items()}
-    )
+    blocks = dict(noise._compiler.blocks)
+    monkeypatch.setattr(noise._compiler, "blocks", {size: lambda *args, size=size: calls.append(size) or blocks[size](*args) for size in blocks})
     normal(KEY, 1, range(16), (256,), compiled=True)
     normal(KEY, 1, range(1), (100_000,), compiled=True)
     assert calls == [1024, 8192, 8192, 8192, 8192]

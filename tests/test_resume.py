@@ -170,9 +170,8 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_the_run_can_go_on(tmp_pa
     assert rows(run) == rows(unbroken())
 
 
-def test_a_full_disk_under_the_metrics_is_explained(tmp_path, monkeypatch):
+def test_a_full_disk_under_the_metrics_is_explained(tmp_path):
     training = trainer.build(settings())
-    monkeypatch.setattr("altgrad.runs.METRICS", "metrics.jsonl")
     trainer.fit(trainer.build(settings(steps=1)), run_folder=tmp_path / "run")
     training.run = trainer.resume(tmp_path / "run").run
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -213,6 +212,26 @@ def test_resume_after_sigkill_in_the_middle_of_a_write_is_bit_exact(tmp_path, un
     trainer.fit(training)
     assert contents(run) == contents(unbroken(save_every=2))
     assert rows(run) == rows(unbroken(save_every=2))
+
+
+REAL = {
+    "backprop, dropout": {"engine": "backprop", "model": "transformer", "model_settings": {"dropout": 0.2, "width": 8, "heads": 2, "layers": 1}},
+    "backprop, batch norm": {"engine": "backprop", "model": "resnet", "model_settings": {"width": 4}},
+    "forward": {"engine": "forward", "engine_settings": {"tangents": 2}},
+    "forward, with a state": {"engine": "forward", "engine_settings": {"space": "weights", "tangents": 2, "guess": "momentum"}},
+    "forward, with trainables of its own": {"engine": "forward", "engine_settings": {"tangents": 2, "guess": "local"}},
+}
+
+
+@pytest.mark.parametrize("kind", REAL)
+def test_resume_on_real_data_in_mid_epoch_is_bit_exact(tmp_path, kind):
+    changes = {"lr": 1e-3, "steps": 26, "save_every": 10, **REAL[kind]}  # an epoch of digits has 22 steps
+    trainer.fit(trainer.build(TrainSettings(**changes)), run_folder=tmp_path / "whole")
+    with pytest.raises(errors.Interrupted):
+        trainer.fit(trainer.build(TrainSettings(**changes)), run_folder=tmp_path / "broken", on_step=interrupt_after(13))
+    trainer.fit(trainer.resume(tmp_path / "broken"))
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
 
 
 # What must be refused, with nothing changed.

@@ -71,8 +71,8 @@ class Backprop(Engine):
                     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, grads, strict=True)]
                 losses.append(loss.detach())
-        recomputed = len(parts) if self.checkpointing else 0
-        metrics = {"forwards": torch.tensor(len(parts) + recomputed), "backwards": torch.tensor(len(parts))}
+        # Counted in passes over the whole batch: the parts of an accumulated step add up to one.
+        metrics = {"forwards": torch.tensor(2 if self.checkpointing else 1), "backwards": torch.tensor(1)}
         grads = {name: grad for name, grad in zip(leaves, total, strict=True) if grad is not None}
         return Estimate(torch.stack(losses).sum(), grads, state, metrics, buffers)
 

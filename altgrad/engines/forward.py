@@ -16,9 +16,10 @@ from torch import Tensor
 
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import CapabilityError, SettingError, require
-from altgrad.forward_mode import Dual, Trace, primal_of
+from altgrad.forward_mode import Dual, Trace, following_custom_functions, primal_of
 from altgrad.forward_mode.activities import ActivityTrace
 from altgrad.forward_mode.guide import PREFIX, Guide
+from altgrad.kernels import scratch
 from altgrad.perturb import Dense, Directions, Steered, directions
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
@@ -116,7 +117,9 @@ class Forward(Engine):
         params = {name: value.detach() for name, value in params.items()}
         run = self.through_weights if self.space == "weights" else self.through_activations
         with torch.enable_grad():  # nothing requires grad, so nothing is recorded; the model's own no_grad keeps its meaning
-            return run(problem, params, state, batch, key)
+            estimate = run(problem, params, state, batch, key)
+        scratch.turn()
+        return estimate
 
     def chunks(self) -> Iterator[range]:
         """Member numbers, `chunk` at a time; one empty range where there are only guesses."""
@@ -137,7 +140,7 @@ class Forward(Engine):
             trace = Trace(len(members) + lead)
             duals: Tree = {name: Dual(value, None, trace, moves[name]) for name, value in params.items()}
             fresh = problem.fresh_buffers()
-            with AddressedSamplers(key.fold("samplers")):
+            with AddressedSamplers(key.fold("samplers")), following_custom_functions():
                 value = problem.loss(duals, batch, fresh)
             if loss is None:
                 loss, buffers = primal_of(value).detach(), fresh
@@ -172,7 +175,10 @@ class Forward(Engine):
         vectors = [torch.cat([moves[name].dense().flatten(1).double() for name in used], dim=1) for moves in drawn] if len(drawn) > 1 else []
         gram = torch.cat(vectors) @ torch.cat(vectors).T if vectors else torch.stack([drawn[0][name].gram() for name in used]).sum(0)
         slope = torch.cat(slopes).double()
+        finite = torch.isfinite(slope).all()  # the solvers stop at NaN with errors of their own
+        slope = slope.nan_to_num(0.0, 0.0, 0.0)
         solved = torch.linalg.lstsq(gram, slope[:, None], driver="gelsd").solution[:, 0] if gram.device.type == "cpu" else torch.linalg.pinv(gram) @ slope
+        solved = solved.where(finite, torch.nan)
         if self.rescale:
             size = sum(params[name].numel() for name in used)
             solved = solved * max(1.0, size / len(slope))
@@ -198,12 +204,12 @@ class Forward(Engine):
         grads: Tree = {}
         notes = Notes()
         for number, members in enumerate(self.chunks()):
-            guide = self.guide(problem, weights, heads, batch, examples) if number == 0 else None
+            guide = self.guide(problem, weights, heads, batch, examples)
             trace = ActivityTrace(
-                key, members, law=self.noise, examples=examples, first=batch.first, store=self.memory == "store", guide=guide, scale=self.tangents
+                key, members, law=self.noise, examples=examples, first=batch.first, store=self.memory == "store", guide=guide, lead=number == 0, scale=self.tangents
             )
             fresh = problem.fresh_buffers()
-            with AddressedSamplers(key.fold("samplers")):
+            with AddressedSamplers(key.fold("samplers")), following_custom_functions():
                 value = problem.losses(trace.parameters(weights), batch, fresh)
             if loss is None:
                 loss, buffers = primal_of(value).detach().mean(), fresh
@@ -211,12 +217,12 @@ class Forward(Engine):
             del value
             if self.memory == "replay":
                 trace.begin_replay()
-                with AddressedSamplers(key.fold("samplers")):
+                with AddressedSamplers(key.fold("samplers")), following_custom_functions():
                     problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
             for name, grad in trace.gradients().items():
                 grads[name] = grads[name] + grad if name in grads else grad
             if guide is not None:
-                grads.update(guide.grads)
+                grads.update({name: grad.to(heads[name].dtype) for name, grad in guide.grads.items()})
             notes.add(trace)
         assert loss is not None
         guides = len(heads) + 1 if heads else 0
@@ -228,7 +234,16 @@ class Forward(Engine):
         if self.guess != "local":
             return None
         last = [name for name, value in weights.items() if value.ndim >= 2][-1]
-        return Guide({name.removeprefix(PREFIX): head for name, head in heads.items()}, last, lambda logits: problem.score(logits, batch.targets), examples)
+
+        def score(logits: Tensor) -> Tensor:
+            try:
+                return problem.score(logits, batch.targets)
+            except (IndexError, KeyError, TypeError, AttributeError) as error:
+                raise CapabilityError(
+                    f"guess='local' hands the loss a layer's [N, classes] tensor in place of the model's outputs, which it does not take ({error}); use guess='random'."
+                ) from error
+
+        return Guide({name.removeprefix(PREFIX): head for name, head in heads.items()}, last, score, examples)
 
 
 class Combined(Mapping[str, Tensor]):

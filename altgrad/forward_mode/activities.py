@@ -55,12 +55,13 @@ class ActivityTrace(Trace):
         law: "normal" or "sign".
         examples: N, the examples in the batch; first: the global index of the first one.
         store: keep inputs and noise for `gradients`; otherwise run a `replay`.
-        guide: unit directions at guided sites, one extra tangent each; None for random directions alone.
+        guide: unit directions at guided sites, which random ones keep clear of; None for random directions alone.
+        lead: measure the guides too, one extra tangent each (in the first of several passes only).
         scale: the divisor of the random part, K over all passes.
     """
 
-    def __init__(self, key: Key, draws: Sequence[int], *, law: str, examples: int, first: int, store: bool, guide: Guide | None, scale: int):
-        self.guides = guide.count if guide else 0
+    def __init__(self, key: Key, draws: Sequence[int], *, law: str, examples: int, first: int, store: bool, guide: Guide | None, lead: bool = True, scale: int):
+        self.guides = guide.count if guide and lead else 0
         super().__init__(len(draws) + self.guides)
         self.key, self.draws, self.law, self.examples, self.first, self.store, self.guide, self.scale = key, draws, law, examples, first, store, guide, max(1, scale)
         self.calls: Counter[str] = Counter()
@@ -68,31 +69,52 @@ class ActivityTrace(Trace):
         self.weights: dict[str, Dense] = {}  # parameters that fell back to weight tangents
         self.moved: Tensor | None = None  # [K (+ guides), N] or [K (+ guides), 1]: the measured derivatives
         self.grads: dict[str, Tensor] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         self.by_batch = 0  # sites whose rows are not examples: one coefficient a batch
 
     def parameters(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The parameters as sites."""
+        self.dtypes = {name: value.dtype for name, value in params.items()}
         return {name: Dual(value, None, self, SiteParameter(self, name, value)) for name, value in params.items()}
 
-    def site(self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Local, *, channel: int) -> Tensor | None:
-        owners = [p.source.name if isinstance(p, Dual) and getattr(p.source, "is_site", False) else None for p in (weight, bias)]
-        name = next(owner for owner in owners if owner is not None)
+    @property
+    def keeps_noise(self) -> bool:  # type: ignore[override]
+        return self.store or self.guide is not None
+
+    def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        if torch.is_autocast_enabled(like.device.type):
+            return None  # the output's dtype is autocast's to choose
+        name = owners_of(weight, bias)[2]
+        return self.draw(f"{name}@{self.calls[name]}", shape, like.dtype, like.device)
+
+    def draw(self, site: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The noise of a site [K, *shape], addressed by the global number of the example."""
+        size = torch.Size(shape)
+        start = self.first * (size.numel() // self.examples) if size[0] == self.examples else 0
+        return noise.draw(self.law, self.key, tensor_id(site), self.draws, size, start=start, dtype=dtype, device=device)
+
+    def site(
+        self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Local, *, channel: int, drawn: Tensor | None = None, included: bool = False
+    ) -> Tensor | None:
+        first, second, name = owners_of(weight, bias)
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
-        per_example = output.numel() // self.examples if output.shape[0] == self.examples else 0
-        drawn = noise.draw(self.law, self.key, tensor_id(f"{name}@{call}"), self.draws, output.shape, start=self.first * per_example, dtype=output.dtype, device=output.device)
+        if drawn is None:
+            drawn = self.draw(f"{name}@{call}", output.shape, output.dtype, output.device)
         unit, slot = None, -1
         if self.guide is not None and self.guide.knows(name, output, channel):
             if call:
                 raise CapabilityError(f"guess='local' guides a layer that runs once a pass, but {name!r} runs more often; use guess='random'.")
-            unit, slot = self.guide.direction(name, output, channel), len(self.draws) + self.guide.slot(name)
-            axes = tuple(range(2, drawn.ndim))
-            drawn -= (drawn * unit).sum(axes, keepdim=True) * unit
+            unit, slot = self.turned(self.guide.direction(name, output, channel)), len(self.draws) + self.guide.slot(name)
+            drawn -= (drawn * unit).sum(tuple(range(2, drawn.ndim)), keepdim=True) * unit
+            unit = unit if self.guides else None
         if self.plain:
-            self.collect(owners, local, drawn, unit, slot)
+            self.collect([first, second], local, drawn, unit, slot)
             return None
         if self.store:
-            self.records.append((owners, local, drawn, unit, slot))
+            self.records.append(([first, second], local, drawn, unit, slot))
         if not self.guides:
+            if included:
+                return drawn
             if tangent is None:
                 return drawn.clone() if self.store else drawn  # a clone: an in-place activation must not write into the record
             return tangent.add_(drawn) if self.store else drawn.add_(tangent)
@@ -101,6 +123,11 @@ class ActivityTrace(Trace):
         if unit is not None:
             tangent[slot] += unit
         return tangent
+
+    def turned(self, unit: Tensor) -> Tensor:
+        """±unit, a sign an example: where examples mix, one coefficient for the batch is unbiased only so; elsewhere the sign cancels."""
+        signs = noise.draw("sign", self.key, tensor_id("guide signs"), [0], torch.Size((self.examples,)), start=self.first, dtype=unit.dtype, device=unit.device)
+        return unit * signs.reshape(-1, *(1 for _ in unit.shape[1:]))
 
     def collect(self, owners: list[str | None], local: Local, drawn: Tensor, unit: Tensor | None, slot: int) -> None:
         """δ from the noise and the measured derivatives, and from δ the gradients of the layer's parameters."""
@@ -115,11 +142,12 @@ class ActivityTrace(Trace):
             spread = (-1, *(1 for _ in drawn.shape[1:]))
             share = moved.mean(1)
         coefficients = (share[:count] / self.scale).to(drawn.dtype).reshape(spread)
-        delta = (drawn * coefficients).sum(0)
+        delta = drawn.mul_(coefficients).sum(0)  # in place: nothing asks for this noise again
         if unit is not None:
             delta += unit * share[slot].to(drawn.dtype).reshape(spread[1:] if by_example else ())
         for owner, grad in zip(owners, local(delta), strict=False):
             if owner is not None and grad is not None:
+                grad = grad.to(self.dtypes[owner])  # under autocast a layer's output is narrower than its parameters
                 self.grads[owner] = self.grads[owner].add_(grad) if owner in self.grads else grad
 
     def settle(self, moved: Tensor) -> None:
@@ -142,3 +170,9 @@ class ActivityTrace(Trace):
         """From here on, layers run plainly and add their gradients as they pass."""
         self.plain = True
         self.calls.clear()
+
+
+def owners_of(weight: Any, bias: Any) -> tuple[str | None, str | None, str]:
+    """The names of a layer's site parameters, weight and bias, and the one that names the site."""
+    first, second = (p.source.name if isinstance(p, Dual) and getattr(p.source, "is_site", False) else None for p in (weight, bias))
+    return first, second, first or second or ""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from altgrad.errors import ShapeError
 from altgrad.forward_mode.dual import Dual, Trace, primal_of, tangent_of
+from altgrad.forward_mode.ladder import lift
 from altgrad.forward_mode.layers import affine, finish, has_tangents
 from altgrad.forward_mode.rules import rule
 from altgrad.perturb import LowRank
@@ -154,6 +155,17 @@ def weight_norm(trace: Trace, v: Any, g: Any, dim: int = 0) -> Any:
     square = v * v
     norm = (square.sum(axes, keepdim=True) if axes else square).sqrt()
     return v * (g / norm)
+
+
+@rule(F.bilinear)
+def bilinear(trace: Trace, input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
+    """x₁ᵀ W x₂ + b as a contraction, which has a batching rule where the builtin has none."""
+
+    def contract(a: Tensor, b: Tensor, w: Tensor, shift: Tensor | None) -> Tensor:
+        value = torch.einsum("...i,oij,...j->...o", a, w, b)
+        return value if shift is None else value + shift
+
+    return lift(trace, contract, (input1, input2, weight, bias), {})
 
 
 @rule(torch.cat, torch.concat, torch.concatenate)

@@ -35,7 +35,15 @@ class Trace:
         self.mixes_examples: list[str] = []  # layers that computed with statistics over the batch
         self.plain = False  # a replay: nothing but the layers' own perturbations matters, tangents do not flow
 
-    def site(self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Callable[[Tensor], list[Tensor | None]], *, channel: int) -> Tensor | None:
+    keeps_noise = False  # the noise of a site is wanted again after the pass
+
+    def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
+        """The noise of the site that comes next, drawn before its output exists; None where that cannot be known yet."""
+        return None
+
+    def site(
+        self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Callable[[Tensor], list[Tensor | None]], *, channel: int, drawn: Tensor | None = None, included: bool = False
+    ) -> Tensor | None:
         """Where a parametric layer's output may be perturbed; plain traces leave the tangent alone."""
         return tangent
 
@@ -155,7 +163,7 @@ def in_place(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             return result  # `x += dual` rebinds x, so a new tensor serves
         raise CapabilityError(
             f"{name or label(func)} writes a value that depends on the parameters into a tensor that does not; "
-            "build the result out of place (torch.stack, torch.cat, torch.where) so that its derivative can be followed."
+            "build the result out of place (x = x + y, torch.stack, torch.cat, torch.where) so that its derivative can be followed."
         )
     if target.source is not None:
         raise CapabilityError(f"{name} would change a parameter in place during the forward pass.")

@@ -15,6 +15,7 @@ from torch import Tensor
 from altgrad.forward_mode.dual import Dual, Trace, primal_of, tangent_of
 from altgrad.forward_mode.ladder import lift
 from altgrad.forward_mode.rules import add, align, mul, rule
+from altgrad.kernels import scratch
 from altgrad.perturb import LowRank
 
 Local = Callable[[Tensor], list[Tensor | None]]
@@ -29,49 +30,80 @@ def has_tangents(value: Any) -> bool:
     return isinstance(value, Dual) and not is_site(value)
 
 
-def finish(trace: Trace, weight: Any, bias: Any, value: Tensor, tangent: Tensor | None, local: Local, *, channel: int) -> Any:
-    """The layer's output: perturbed if one of its parameters is a site, with tangents if there are any."""
+def finish(
+    trace: Trace, weight: Any, bias: Any, value: Tensor, tangent: Tensor | None, local: Local, *, channel: int, drawn: Tensor | None = None, included: bool = False
+) -> Any:
+    """The layer's output: perturbed if one of its parameters is a site, with tangents if there are any.
+
+    `drawn` is the site's noise where it was drawn ahead; `included` says that `tangent` already holds it.
+    """
     if is_site(weight) or is_site(bias):
-        tangent = trace.site(weight, bias, value, tangent, local, channel=channel)
+        tangent = trace.site(weight, bias, value, tangent, local, channel=channel, drawn=drawn, included=included)
     return value if tangent is None else Dual(value, tangent, trace)
 
 
 @rule(F.linear, layer=True)
 def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
-    """y = x Wᵀ + b over the last axis."""
+    """y = x Wᵀ + b over the last axis.
+
+    What must be drawn is drawn first, while neither y nor its tangent is alive, and tangents are added up in place: at its peak a
+    layer holds x, ẋ, y, ẏ and nothing else of their size.
+    """
     px, pw = primal_of(x), primal_of(weight)
+    drawn, moves, included = None, None, False
+    if is_site(weight) or is_site(bias):
+        drawn = trace.draw_ahead(weight, bias, (*px.shape[:-1], pw.shape[0]), px)
+    if has_tangents(weight) and not isinstance(weight.source, LowRank):  # also beside a bias that is a site
+        moves = weight.tangent  # [K, out, in]
+    shift = bias.tangent if has_tangents(bias) else None
     value = F.linear(px, pw, primal_of(bias))
     tangent = None
     if isinstance(x, Dual):
-        tangent = F.linear(x.tangent, pw)  # [K, ..., out]
+        included = drawn is not None and not trace.keeps_noise and drawn.dtype == pw.dtype == x.dtype
+        if included:
+            assert drawn is not None
+            drawn.view(-1, pw.shape[0]).addmm_(x.tangent.reshape(-1, pw.shape[1]), pw.T)
+        # One product over all rows of all members; F.linear would run K small ones.
+        tangent = drawn if included else product(x.tangent.reshape(-1, pw.shape[1]), pw).view(-1, *value.shape)  # [K, ..., out]
     if has_tangents(weight):
-        tangent = moved_by_weight(px, weight, tangent)
-    if has_tangents(bias):
-        moved = align(bias.tangent, value.ndim)
-        tangent = moved.expand(-1, *value.shape) if tangent is None else tangent.add_(moved)
+        tangent = moved_by_weight(px, weight, moves, tangent)
+    if shift is not None:
+        moved = align(shift, value.ndim)
+        tangent = moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent.add_(moved)
 
     def local(delta: Tensor) -> list[Tensor | None]:
         flat = delta.reshape(-1, delta.shape[-1])
         return [flat.T @ px.reshape(-1, px.shape[-1]).to(flat.dtype), flat.sum(0)]
 
-    return finish(trace, weight, bias, value, tangent, local, channel=-1)
+    return finish(trace, weight, bias, value, tangent, local, channel=-1, drawn=drawn, included=included)
 
 
-def moved_by_weight(px: Tensor, weight: Dual, tangent: Tensor | None) -> Tensor:
-    """x Ẇ_kᵀ for every k, added to `tangent` [K, ..., out] where there is one."""
+def product(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows Wᵀ, into a buffer that was used before where that is possible."""
+    if torch.is_autocast_enabled(rows.device.type) or rows.dtype != weight.dtype:
+        return F.linear(rows, weight)  # autocast chooses the dtype
+    return torch.mm(rows, weight.T, out=scratch.empty((rows.shape[0], weight.shape[0]), rows.dtype, rows.device))
+
+
+def moved_by_weight(px: Tensor, weight: Dual, moves: Tensor | None, tangent: Tensor | None) -> Tensor:
+    """x Ẇ_kᵀ for every k, added to `tangent` [K, ..., out] where there is one; Ẇ as factors of the source or as `moves` [K, out, in]."""
     flat = px.reshape(-1, px.shape[-1])  # [rows, in]
-    if isinstance(weight.source, LowRank):
+    if moves is None:
         a, b = weight.source.factors()  # [K, out, r], [K, in, r]
         members, rank = a.shape[0], a.shape[2]
-        inner = (flat @ b.permute(1, 0, 2).reshape(b.shape[1], -1)).reshape(-1, members, rank).permute(1, 0, 2)  # [K, rows, r]
+        if rank == 1:
+            inner = (flat @ b[:, :, 0].T).T[:, :, None]  # [K, rows, 1]
+        else:
+            inner = (flat @ b.permute(1, 0, 2).reshape(b.shape[1], -1)).view(-1, members, rank).permute(1, 0, 2)  # [K, rows, r]
         if tangent is None:
-            moved = torch.matmul(inner, a.transpose(1, 2)) if rank > 1 else inner.to(a.dtype) * a.transpose(1, 2)
-            return moved.reshape(members, *px.shape[:-1], a.shape[1])
+            outer = scratch.empty((members, flat.shape[0], a.shape[1]), a.dtype, a.device)
+            inner = inner.to(a.dtype)
+            (torch.mul if rank == 1 else torch.matmul)(inner, a.transpose(1, 2), out=outer)
+            return outer.view(members, *px.shape[:-1], a.shape[1])
         view = tangent.view(members, -1, a.shape[1])
         for r in range(rank):
             view.addcmul_(inner[:, :, r : r + 1].to(view.dtype), a[:, None, :, r].to(view.dtype))
         return tangent
-    moves = weight.tangent  # [K, out, in]
     if tangent is None:
         return torch.matmul(flat, moves.transpose(1, 2)).reshape(moves.shape[0], *px.shape[:-1], moves.shape[1])
     view = tangent.view(moves.shape[0], -1, moves.shape[1])
@@ -139,7 +171,7 @@ def add_bias(bias: Any, value: Tensor, tangent: Tensor | None, axes: int) -> Ten
     if not has_tangents(bias):
         return tangent
     moved = bias.tangent.reshape(-1, 1, bias.shape[0], *(1 for _ in range(axes)))
-    return moved.expand(-1, *value.shape) if tangent is None else tangent + moved
+    return moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent + moved
 
 
 def kernel_gradient(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False) -> Local:
@@ -232,14 +264,15 @@ def affine(trace: Trace, normed: Any, weight: Any, bias: Any, shape: tuple[int, 
     tangent = tangent if tangent is None or gamma is None else tangent * gamma
 
     def local(delta: Tensor) -> list[Tensor | None]:
-        return [None if p is None else (d.sum_to_size(shape) if d.ndim == len(shape) else reduce_to(d, shape)).reshape(primal_of(p).shape) for p, d in ((weight, delta * x), (bias, delta))]
+        pairs = ((p, d) for p, d in ((weight, delta * x), (bias, delta)))
+        return [None if p is None else reduce_to(d, spread(p).shape).reshape(primal_of(p).shape) for p, d in pairs]
 
     return finish(trace, weight, bias, value, tangent, local, channel=channel)
 
 
 def reduce_to(delta: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Sum away the leading axes that `shape` lacks."""
-    return delta.flatten(0, delta.ndim - len(shape) - 1).sum(0).sum_to_size(shape)
+    """Sum away the leading axes that `shape` lacks, and those in which it has one."""
+    return (delta if delta.ndim == len(shape) else delta.flatten(0, delta.ndim - len(shape) - 1).sum(0)).sum_to_size(shape)
 
 
 @rule(F.layer_norm, layer=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from altgrad.forward_mode.dual import DECOMPOSED, LAYERS, RULES, Dual, Trace, primal_of, tangent_of
 from altgrad.forward_mode.ladder import lift
+from altgrad.kernels import scratch
 
 Rule = Callable[..., Any]
 
@@ -51,7 +52,12 @@ def linear_in_first(func: Any) -> Rule:
             return lift(trace, func, args, kwargs)
         x, rest = args[0], args[1:]
         value = func(x.primal, *rest, **kwargs)
-        moved = torch.func.vmap(lambda t: func(t, *rest, **kwargs))(x.tangent)
+        push = torch.func.vmap(lambda t: func(t, *rest, **kwargs))
+        try:
+            moved = push(x.tangent)
+        except RuntimeError:  # a view that the tangents' strides do not allow: x keeps the contiguous ones, so that writes are seen by both
+            x._tangent = x.tangent.contiguous()
+            moved = push(x._tangent)
         return pair(trace, value, moved)
 
     return apply_linear
@@ -112,7 +118,8 @@ for function in ELEMENTWISE:
 def relu(trace: Trace, x: Dual, inplace: bool = False) -> Dual:
     """D relu(x)[t] = t where x > 0, else 0 (autograd's choice at 0)."""
     value = torch.relu(x.primal)
-    tangent = torch.ops.aten.threshold_backward(x.tangent, x.primal.expand_as(x.tangent), 0)
+    room = scratch.empty(x.tangent.shape, x.tangent.dtype, x.device)
+    tangent = torch.ops.aten.threshold_backward.grad_input(x.tangent, x.primal.expand_as(x.tangent), 0, grad_input=room)
     return overwrite(x, value, tangent) if inplace else Dual(value, tangent, trace)
 
 
@@ -120,20 +127,30 @@ def relu(trace: Trace, x: Dual, inplace: bool = False) -> Dual:
 def add(trace: Trace, a: Any, b: Any, *, alpha: float = 1, out: Any = None) -> Any:
     """D(a + αb) = ȧ + αḃ."""
     value = torch.add(primal_of(a), primal_of(b), alpha=alpha) if alpha != 1 else primal_of(a) + primal_of(b)
-    return Dual(value, total(value, tangent_of(a), tangent_of(b), alpha), trace)
+    return Dual(value, total(value, *unshared(a, b), alpha), trace)
 
 
 @rule(torch.sub, torch.Tensor.sub, torch.Tensor.__sub__)
 def sub(trace: Trace, a: Any, b: Any, *, alpha: float = 1) -> Any:
     """D(a - αb) = ȧ - αḃ."""
     value = primal_of(a) - primal_of(b) * alpha if alpha != 1 else primal_of(a) - primal_of(b)
-    return Dual(value, total(value, tangent_of(a), tangent_of(b), -alpha), trace)
+    return Dual(value, total(value, *unshared(a, b), -alpha), trace)
 
 
 @rule(torch.rsub, torch.Tensor.__rsub__)
 def rsub(trace: Trace, a: Any, b: Any) -> Any:
     """D(b - a) = ḃ - ȧ."""
     return sub(trace, b, a)
+
+
+def unshared(a: Any, b: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Both tangents; a copy where the sum would be one of them itself, for a later write in place must not reach the other tensor."""
+    ta, tb = tangent_of(a), tangent_of(b)
+    if tb is None and ta is not None and a._tangent is not None:
+        return ta.clone(), None
+    if ta is None and tb is not None and b._tangent is not None:
+        return None, tb.clone()
+    return ta, tb
 
 
 def total(value: Tensor, first: Tensor | None, second: Tensor | None, scale: float) -> Tensor:
@@ -146,7 +163,7 @@ def total(value: Tensor, first: Tensor | None, second: Tensor | None, scale: flo
         first = align(first, value.ndim)
         moved = first if second is None else first + second
     assert moved is not None
-    return moved if moved.shape[1:] == value.shape else moved.expand(moved.shape[0], *value.shape)
+    return moved if moved.shape[1:] == value.shape else moved.expand(moved.shape[0], *value.shape).contiguous()
 
 
 @rule(torch.mul, torch.Tensor.mul, torch.Tensor.__mul__, torch.Tensor.__rmul__)

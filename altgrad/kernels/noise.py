@@ -25,14 +25,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from altgrad.errors import UsageError, near_miss, require
+from altgrad.kernels import scratch
 from altgrad.rng import LAWS, MULTIPLIERS, ROUNDS, WEYL, Key
 
 MASK = 0xFFFFFFFF
 LANES = 64  # blocks are padded to a multiple: whole vectors on every CPU, so no value is computed in a shorter tail
 SMALL_BLOCK = 8192  # counters: 384 KiB of temporaries, and they stay in the second-level cache
-LARGE_BLOCK = 65536  # counters, once there is enough to share among threads or to fill a device
+LARGE_BLOCK = 32768  # counters, once there is enough to share among threads or to fill a device
 LARGE_DRAW = 2**18  # counters from which the large block is used
 SIGN_PIECE = 256  # counters unpacked at once: 128 KiB of signs
 COMPILED_BLOCKS = (1024, 8192)  # counters: the small one for the many short vectors of low-rank noise
@@ -89,16 +91,18 @@ def draw(
     if law not in LAWS:
         raise UsageError(near_miss("noise law", law, LAWS))
     count = math.prod(shape)
-    out = torch.empty(len(members), count, dtype=dtype, device=device)
-    _fill(out, law, key, tensor, members, start, compiled)
-    return out.view(len(members), *shape)
+    with temporarily_clear_interpreter_stack():  # below torch.func's levels: no wrapper to pay for, and memory a compiled block can write to
+        out = scratch.empty((len(members), count), dtype, torch.device(device or "cpu"))
+        _fill(out, law, key, tensor, members, start, compiled)
+        return out.view(len(members), *shape)
 
 
 def integers(key: Key, tensor: int, members: Sequence[int], shape: Sequence[int], *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
     """The words themselves, uint32 values in int64 [len(members), *shape], bit-equal to rng.integers; arguments as in `draw`."""
-    out = torch.empty(len(members), math.prod(shape), dtype=torch.int64, device=device)
-    _fill(out, "integers", key, tensor, members, start, False)
-    return out.view(len(members), *shape)
+    with temporarily_clear_interpreter_stack():
+        out = torch.empty(len(members), math.prod(shape), dtype=torch.int64, device=device)
+        _fill(out, "integers", key, tensor, members, start, False)
+        return out.view(len(members), *shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks

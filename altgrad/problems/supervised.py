@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -89,11 +90,16 @@ class Supervised(Problem):
         if self.split_loss in {None, "none", "each"}:
             value = self.loss_function(outputs, targets)
             return value.flatten(1).mean(1) if value.ndim > 1 else value.reshape(-1)
-        value = apply(self.loss_of_each, outputs, targets)
+        lifted = unreduced(self.loss_function) is None
+        value = apply(self.loss_of_each, outputs, targets) if lifted else self.loss_of_each(outputs, targets)
         return value * value.shape[0] if self.split_loss == "sum" else value
 
     def loss_of_each(self, outputs: Any, targets: Any) -> Tensor:
-        """A scalar loss taken example by example: [N]."""
+        """A scalar loss taken example by example: [N]; by `reduction="none"` where PyTorch's own loss is used with its defaults."""
+        known = unreduced(self.loss_function)
+        if known is not None:
+            value = known(outputs, targets, reduction="none")
+            return value.flatten(1).mean(1) if value.ndim > 1 else value
 
         def one(output: Any, target: Any) -> Tensor:
             output, target = tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, (output, target))
@@ -147,6 +153,18 @@ class Supervised(Problem):
         finally:
             self.model.train(mode)
         return {"accuracy": right / len(inputs), "loss": total / len(inputs)}
+
+
+UNREDUCED: dict[type[nn.Module], Loss] = {nn.CrossEntropyLoss: F.cross_entropy, nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss, nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits}
+
+
+def unreduced(loss: Loss) -> Callable[..., Tensor] | None:
+    """PyTorch's function behind `loss`, where it is one with a `reduction` and is used with its defaults."""
+    if loss in UNREDUCED.values():
+        return loss
+    found = UNREDUCED.get(type(loss)) if isinstance(loss, nn.Module) else None
+    plain = found is not None and getattr(loss, "weight", None) is None and getattr(loss, "pos_weight", None) is None
+    return found if plain and not getattr(loss, "label_smoothing", 0.0) and getattr(loss, "ignore_index", -100) == -100 else None
 
 
 def check_labels(outputs: Tensor, targets: Tensor) -> None:

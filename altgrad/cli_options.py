@@ -1,0 +1,82 @@
+"""What commands that train share: options, folders, and "engine[name=value]"."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from altgrad.errors import UsageError
+
+FOLDER = click.Path(file_okay=False, path_type=Path)
+
+
+def complete_engine(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Engine names for the shell."""
+    return completed("engine", incomplete)
+
+
+def complete_problem(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Problem names for the shell."""
+    return completed("problem", incomplete)
+
+
+def completed(kind: str, incomplete: str) -> list[str]:
+    """The names of `kind` that go on from `incomplete`."""
+    from altgrad import registry
+
+    return [name for name in registry.names(kind) if name.startswith(incomplete)]
+
+
+def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator, in the order of the help text."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+what_options = with_options(
+    click.option("--problem", default="digits", show_default=True, shell_complete=complete_problem, help="See `altgrad problems`, or package.module:factory."),
+    click.option("--problem-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the problem; repeatable."),
+    click.option("--model", help="See `altgrad models`, or package.module:callable. [default: the problem's own]"),
+    click.option("--model-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the model; repeatable."),
+)
+how_options = with_options(
+    click.option("--optimizer", default="Adam", show_default=True, help="See `altgrad optimizers`; upper and lower case do not matter."),
+    click.option("--optimizer-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer; repeatable."),
+    click.option("--batch-size", type=int, metavar="N", help="Examples a step. [default: the problem's own]"),
+    click.option("--clip", type=float, metavar="NORM", help="Largest norm of the whole gradient. [default: no limit]"),
+    click.option("--data-dir", type=click.Path(), help="Where your own data files are. [default: the cache]"),
+)
+out_options = with_options(
+    click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout."),
+    click.option("--quiet", "-q", is_flag=True, help="No progress, only the result and errors."),
+)
+
+
+def chosen(text: str) -> Any:
+    """ "forward[space=weights,rank=1]" as compare.Choice."""
+    from altgrad.compare import choice_of
+
+    name, bracket, rest = text.strip().partition("[")
+    if bracket and not rest.endswith("]"):
+        raise UsageError(f"{text!r} has no closing bracket; write it as forward[space=weights,rank=1].")
+    return choice_of(":".join([name, *(part for part in rest.removesuffix("]").split(",") if part)]))
+
+
+def free_folder(name: str) -> Path:
+    """runs/NAME-1, or with the first number that is not taken."""
+    number = 1
+    while (path := Path("runs") / f"{plain(name)}-{number}").exists():
+        number += 1
+    return path
+
+
+def plain(name: str) -> str:
+    """`name` as a part of a path."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")

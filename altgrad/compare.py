@@ -1,0 +1,361 @@
+"""Engines side by side on one problem: the same budget, the same tuning, the same seeds, and what each of them cost."""
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from altgrad import registry, runs, trainer
+from altgrad.alignment import alignment
+from altgrad.budget import Budget, equivalents
+from altgrad.comparison import Comparison, Row
+from altgrad.data import Dataset
+from altgrad.engine import Engine
+from altgrad.errors import AltgradError, CapabilityError, NumericsError, SettingError, UsageError, near_miss, require
+from altgrad.metrics import live_bytes, saved_bytes
+from altgrad.problem import Problem
+from altgrad.rng import Key, permutation
+from altgrad.training import Training, TrainSettings
+from altgrad.verdict import REFERENCE, method
+
+GRIDS = {"sgd": (0.01, 0.03, 0.1, 0.3)}  # learning rates to try, by optimizer
+GRID = (3e-4, 1e-3, 3e-3, 1e-2)  # for all other optimizers, whose steps are about lr long (Adam and its kin)
+LIMIT = 2**31  # steps; the budget ends a run long before
+DRAWS = 8  # estimates of one batch over which the cosine is taken
+
+
+class Choice(NamedTuple):
+    """A rule to compare: what to call it, the engine's name and its settings."""
+
+    label: str
+    engine: str
+    settings: Mapping[str, Any] = {}
+
+    def build(self) -> Engine:
+        """The engine itself."""
+        return registry.engine(self.engine, self.settings)
+
+
+BASELINES = (
+    Choice(REFERENCE, "backprop", {}),
+    Choice("backprop + checkpointing", "backprop", {"checkpointing": True}),
+    Choice("backprop + accumulation", "backprop", {"accumulation": 4}),
+)
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A settings field with its meaning."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """What to compare, on what, and how much each engine may spend."""
+
+    problem: str = option("digits", "name, or package.module:attribute")
+    problem_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the problem"})
+    model: str | None = option(None, "name, or package.module:callable; none for the problem's own")
+    model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
+    engines: tuple[Choice, ...] = option((), "(label, engine, settings) of every rule; the three backprop baselines are always added")
+    seeds: tuple[int, ...] = option((0, 1, 2), "one run of every engine for each")
+    budget: str = option("epochs=10", "what each run may spend: epochs=…, forwards=… or seconds=…")
+    optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer, the same for every engine")
+    optimizer_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the optimizer"})
+    lr: float | None = option(None, "one learning rate for every engine, without tuning")
+    lrs: tuple[float, ...] = option((), "learning rates tried for every engine on a validation split; none for a grid of four")
+    rates: dict[str, float] = field(default_factory=dict, metadata={"help": "label -> learning rate of single engines, which are then not tuned"})
+    tuning_seed: int = option(1000, "seed of the tuning runs, one for each learning rate and engine")
+    validation: float = option(1 / 6, "share of the training data held out while tuning, in (0, 1)")
+    batch_size: int | None = option(None, "examples a step; none for the problem's default")
+    clip: float | None = option(None, "largest norm of the whole gradient; none for no limit")
+    points: int = option(25, "evaluations along each run, for the curves")
+    data_dir: str | None = option(None, "where the user's own data files are")
+
+    def __post_init__(self) -> None:
+        for name in ("engines", "seeds", "lrs"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        object.__setattr__(self, "engines", tuple(Choice(*entry) for entry in self.engines))
+        Budget.parse(self.budget)
+        require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "one or more different numbers")
+        require(self.lr is None or not self.lrs, "lrs", self.lrs, f"absent where lr={self.lr} is given")
+        require(all(lr > 0 for lr in self.lrs) and len(set(self.lrs)) == len(self.lrs), "lrs", self.lrs, "different numbers above 0")
+        require(0 < self.validation < 1, "validation", self.validation, "in (0, 1)")
+        require(self.points >= 1, "points", self.points, "1 or more")
+        labels = [choice.label for choice in self.choices()]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise SettingError(f"two engines are called {label!r}; give each a label of its own.")
+        for label in self.rates:
+            if label not in labels:
+                raise SettingError("rates: " + near_miss("label", label, labels))
+
+    def choices(self) -> list[Choice]:
+        """The baselines, then the engines asked for that are not one of them."""
+        known = [choice.build() for choice in BASELINES]
+        return [*BASELINES, *(choice for choice in self.engines if choice.build() not in known)]
+
+    def train_settings(self, choice: Choice, *, seed: int, lr: float | None) -> TrainSettings:
+        """One run of `choice`, which the budget is to end."""
+        sizes = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        return TrainSettings(
+            problem=self.problem,
+            problem_settings={**self.problem_settings, **sizes},
+            model=self.model,
+            model_settings=self.model_settings,
+            engine=choice.engine,
+            engine_settings=dict(choice.settings),
+            optimizer=self.optimizer,
+            optimizer_settings=self.optimizer_settings,
+            lr=lr,
+            steps=LIMIT,
+            seed=seed,
+            clip=self.clip,
+            data_dir=self.data_dir,
+        )
+
+
+class Progress(NamedTuple):
+    """Where a comparison is: `fraction` of run number `run` of `runs`."""
+
+    stage: str  # "measure", "tune" or "train"
+    label: str
+    seed: int
+    lr: float | None
+    fraction: float
+    run: int
+    runs: int
+
+
+class Outcome(NamedTuple):
+    """One finished run: its curve, whose last point is where it ended."""
+
+    curve: list[dict[str, Any]]
+    lr: float
+    diverged: bool
+
+
+def choice_of(text: str) -> Choice:
+    """ "forward:space=weights:tangents=4" -> Choice: the engine's name, then its settings.
+
+    Raises:
+        UsageError: no engine's name.
+    """
+    parts = [part.strip() for part in text.split(":")]
+    pairs = [part for part in parts if "=" in part]
+    name = ":".join(part for part in parts if "=" not in part)
+    if not name:
+        raise UsageError(f"{text!r} names no engine; write it as forward or forward:tangents=4. Engines: {', '.join(registry.names('engine'))}.")
+    return Choice(" ".join([name, *pairs]), name, registry.split_pairs(pairs))
+
+
+def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | None = None, on_row: Callable[[Comparison], Any] | None = None) -> Comparison:
+    """Measure every engine once, tune it, train it with every seed.
+
+    Args:
+        progress: called now and then with where the comparison is.
+        on_row: called with the comparison so far whenever an engine is done, so that a long one can be kept piece by piece.
+
+    Raises:
+        UsageError: an unknown name or setting, or an engine that the problem cannot feed; before any training.
+        Interrupted: SIGINT or SIGTERM.
+    """
+    tell, budget = progress or (lambda at: None), Budget.parse(settings.budget)
+    first, costs, skipped = settings.seeds[0], {}, {}
+    grid: tuple[float, ...] = ()
+    for number, choice in enumerate(settings.choices()):
+        tell(Progress("measure", choice.label, first, None, 0.0, number, len(settings.choices())))
+        try:
+            training = trainer.build(settings.train_settings(choice, seed=first, lr=settings.lr))
+            if budget.kind == "epochs" and not training.problem.steps_per_epoch:
+                raise SettingError(f"budget={settings.budget!r} is not allowed: problem {settings.problem} has no epochs. Use forwards=… or seconds=….")
+            costs[choice.label] = measure(training)
+        except CapabilityError as error:
+            if choice not in BASELINES:
+                raise
+            skipped[choice.label] = str(error)
+            continue
+        grid = rates_to_try(settings, training.problem)
+    if not costs:
+        raise UsageError(f"there is nothing to compare: problem {settings.problem} is not for backprop, and no other engine was named.")
+    chosen = [choice for choice in settings.choices() if choice.label in costs]
+    total = sum(len(settings.seeds) + len(grid) * (choice.label not in settings.rates) for choice in chosen)
+    comparison = Comparison(runs.finite(asdict(settings)), runs.environment(), method(settings, grid, draws=DRAWS), [], skipped)
+    done = 0
+    for choice in chosen:
+        tuning: dict[float, Outcome] = {}
+        for lr in grid if choice.label not in settings.rates else ():
+            report = reporter(tell, "tune", choice.label, settings.tuning_seed, lr, done, total)
+            tuning[lr] = run(settings, choice, seed=settings.tuning_seed, lr=lr, tuning=True, report=report)
+            done += 1
+        chosen_lr = max(tuning, key=lambda lr: rank(tuning[lr])) if tuning else settings.rates.get(choice.label, settings.lr)
+        outcomes = []
+        for seed in settings.seeds:
+            report = reporter(tell, "train", choice.label, seed, chosen_lr, done, total)
+            outcomes.append(run(settings, choice, seed=seed, lr=chosen_lr, tuning=False, report=report))
+            done += 1
+        comparison.rows.append(row_of(choice, outcomes, tuning, costs[choice.label]))
+        if on_row is not None:
+            on_row(comparison)
+    return comparison
+
+
+def reporter(tell: Callable[[Progress], Any], stage: str, label: str, seed: int, lr: float | None, number: int, total: int) -> Callable[[float], Any]:
+    """`tell` with everything but the fraction filled in."""
+    return lambda fraction: tell(Progress(stage, label, seed, lr, fraction, number, total))
+
+
+def run(
+    settings: CompareSettings, choice: Choice, *, seed: int, lr: float | None, tuning: bool, report: Callable[[float], Any] = lambda fraction: None
+) -> Outcome:
+    """One run to the end of the budget; while `tuning` it sees nothing of the test data, and "test" figures are the validation split's."""
+    budget = Budget.parse(settings.budget)
+    training = trainer.build(settings.train_settings(choice, seed=seed, lr=lr))
+    if tuning:
+        training.problem = held_out(training.problem, settings)
+    epoch, curve, diverged = training.problem.steps_per_epoch, {}, False
+    curve[0] = point(training, trainer.evaluate(training))
+
+    def on_step(now: Training, row: Mapping[str, Any]) -> bool:
+        if equivalents(row) <= 0:
+            raise AltgradError(f"engine {choice.engine} reports no forwards in its metrics, so that its cost cannot be compared.")
+        spent = budget.spent(row, epoch) / budget.amount
+        report(min(1.0, spent))
+        over = spent >= 1 - 1e-12
+        if not over and spent * settings.points >= len(curve):
+            curve[now.step] = point(now, trainer.evaluate(now))
+        return over
+
+    try:
+        trainer.fit(training, on_step=on_step, on_evaluate=lambda now, row: curve.__setitem__(now.step, point(now, row)))
+    except NumericsError:
+        diverged = True
+        curve[training.step] = point(training, trainer.evaluate(training))
+    return Outcome([curve[step] for step in sorted(curve)], float(training.settings.lr or 0), diverged)
+
+
+def point(training: Training, figures: Mapping[str, Any]) -> dict[str, Any]:
+    """A point of a curve."""
+    counts = {"step": training.step, "forwards": training.count("forwards"), "backwards": training.count("backwards"), "seconds": training.seconds}
+    return {**counts, **{name: value for name, value in figures.items() if name in {"test_accuracy", "test_loss"}}}
+
+
+def rank(outcome: Outcome) -> tuple[bool, float, float]:
+    """The greater the better: not diverged, then accuracy, then less loss."""
+    end = outcome.curve[-1]
+    loss = end.get("test_loss", 0.0)
+    return not outcome.diverged, end.get("test_accuracy", 0.0), -loss if math.isfinite(loss) else -math.inf
+
+
+def rates_to_try(settings: CompareSettings, problem: Problem) -> tuple[float, ...]:
+    """The grid every engine is tuned on; empty where learning rates are given, or there is no data to hold out.
+
+    Raises:
+        SettingError: a grid is asked for, and the problem has no data to hold out.
+    """
+    if settings.lr is not None:
+        return ()
+    if getattr(problem, "dataset", None) is None:
+        if settings.lrs:
+            raise SettingError(f"lrs={settings.lrs} is not allowed: problem {settings.problem} has no training data to hold out. Give one lr instead.")
+        return ()
+    return settings.lrs or GRIDS.get(settings.optimizer.lower(), GRID)
+
+
+def held_out(problem: Problem, settings: CompareSettings) -> Problem:
+    """`problem` with part of its training data in the place of its test data, which is not looked at."""
+    carved: Any = copy.copy(problem)
+    data, size = carved.dataset, carved.batch_size
+    order = torch.from_numpy(permutation(Key(settings.tuning_seed).fold("validation"), "examples", len(data.train_inputs)).copy())
+    aside = max(1, round(settings.validation * len(order)))
+    rest, valid = order[aside:], order[:aside]
+    if len(rest) < size:
+        raise SettingError(f"validation={settings.validation} leaves {len(rest)} examples to train on, less than a batch of {size}; lower one of them.")
+    # By name, field by field: nothing here may read the test tensors.
+    carved.dataset = Dataset(
+        name=data.name,
+        train_inputs=data.train_inputs[rest],
+        train_targets=data.train_targets[rest],
+        test_inputs=data.train_inputs[valid],
+        test_targets=data.train_targets[valid],
+        classes=data.classes,
+    )
+    carved.orders, carved.steps_per_epoch = {}, max(1, len(rest) // size)
+    return carved
+
+
+class Cost(NamedTuple):
+    """What one estimate takes, and how it points."""
+
+    peak_memory_bytes: int
+    saved_bytes: int
+    cosine: float | None
+
+
+def measure(training: Training) -> Cost:
+    """Bytes of one estimate beyond parameters and gradients, and its mean cosine to backprop's gradient, at the first weights."""
+    problem, engine, values = training.problem, training.engine, training.values()
+    batch = problem.batch(0, training.world)
+
+    def estimate() -> dict[str, torch.Tensor]:
+        return dict(engine.estimate(problem, values, training.state, batch, training.key, training.world).grads)
+
+    estimate()  # compilation and caches are not part of a step
+    given = [*values.values(), *training.state.values(), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))]
+    with saved_bytes(given) as saved:
+        estimate()
+    device = next(iter(values.values())).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        grads = estimate()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before - sum(grad.nbytes for grad in grads.values())
+    else:
+        with live_bytes(given) as live:
+            grads = estimate()
+        peak = live.peak_without(grads.values())
+    cosine = None
+    if problem.differentiable:
+        keys = [training.key.fold("alignment").at(draw) for draw in range(DRAWS)]
+        cosine = float(alignment(engine, problem, values, batch, keys, state=training.state)["cosine"])
+    return Cost(max(0, peak), saved.peak, cosine)
+
+
+def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, Outcome], cost: Cost) -> Row:
+    """The row of an engine's runs."""
+    ends = [outcome.curve[-1] for outcome in outcomes]
+    accuracies, losses = ([end[name] for end in ends if name in end] for name in ("test_accuracy", "test_loss"))
+
+    def mean(name: str) -> float:
+        return statistics.fmean(end[name] for end in ends)
+
+    def validated(outcome: Outcome) -> float | None:
+        return None if outcome.diverged else outcome.curve[-1].get("test_accuracy", outcome.curve[-1].get("test_loss"))
+
+    return Row(
+        label=choice.label,
+        engine=choice.engine,
+        settings=choice.build().settings(),
+        baseline=choice in BASELINES,
+        accuracy=statistics.fmean(accuracies) if accuracies else None,
+        accuracy_spread=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        accuracies=accuracies,
+        loss=statistics.fmean(losses) if losses else None,
+        loss_spread=statistics.stdev(losses) if len(losses) > 1 else None,
+        losses=losses,
+        steps=mean("step"),
+        forwards=mean("forwards"),
+        backwards=mean("backwards"),
+        seconds=mean("seconds"),
+        **cost._asdict(),
+        lr=outcomes[0].lr,
+        tuning={str(lr): validated(outcome) for lr, outcome in tuning.items()},
+        diverged=sum(outcome.diverged for outcome in outcomes),
+        curves=[outcome.curve for outcome in outcomes],
+    )

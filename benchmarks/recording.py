@@ -1,0 +1,32 @@
+"""A record: figures with the command, versions and machine shape they came from."""
+
+import json
+import os
+import pathlib
+import platform
+import sys
+from datetime import date
+from typing import Any
+
+import numpy
+import torch
+
+import altgrad
+
+
+def record(path: str | None, figures: dict[str, Any]) -> None:
+    """Write `figures` to `path` beside what is needed to repeat them; nothing without a path."""
+    if path is None:
+        return
+    content = {
+        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "altgrad": altgrad.__version__},
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
+        **figures,
+    }
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf8")
+    os.replace(temporary, target)

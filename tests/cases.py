@@ -1,0 +1,58 @@
+"""The only list of engines with settings that the conformance tests run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from altgrad import registry
+from altgrad.engine import Engine
+
+
+@dataclass(frozen=True)
+class Case:
+    """An engine with settings; `refuses`: claims whose probe it cannot drive and says so; `departs`: claims it breaks on purpose, with the reason."""
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    refuses: tuple[str, ...] = ()
+    departs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        return registry.engine(self.name, self.settings)
+
+    @property
+    def id(self) -> str:
+        return "-".join([self.name, *(f"{key}={value}" for key, value in self.settings.items())])
+
+
+def weights(**settings: Any) -> Case:
+    return Case("forward", {"space": "weights", "tangents": 4, **settings})
+
+
+def activations(*, refuses: tuple[str, ...] = (), **settings: Any) -> Case:
+    return Case("forward", {"space": "activations", "tangents": 4, **settings}, refuses=refuses)
+
+
+STAGELESS = ("is_exact_on_quadratic",)  # no stages to run again
+HEADLESS = ("quadratic", "tied_weights")  # no layers; one that runs twice
+PARTS = "the batch is normalised in parts, as whenever gradients are accumulated in PyTorch"
+
+CASES = [
+    Case("backprop"),
+    Case("backprop", {"checkpointing": True}, refuses=STAGELESS),
+    Case("backprop", {"accumulation": 3}, departs={"running_statistics_move_once_a_step_as_in_plain_pytorch": PARTS, "is_exact_on_batch_norm": PARTS}),
+    weights(),
+    weights(noise="sign"),
+    weights(rank=1),
+    weights(rank=2),
+    weights(chunk=3),
+    weights(combine="orthogonal"),
+    weights(combine="orthogonal", rescale=True),
+    weights(guess="momentum", tangents=2),
+    activations(),
+    activations(memory="replay"),
+    activations(chunk=3),
+    activations(noise="sign"),
+    activations(guess="local", tangents=0, refuses=tuple(f"is_not_reversed_on_{probe}" for probe in HEADLESS)),
+    activations(guess="local", refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
+]
