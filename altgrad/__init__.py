@@ -35,11 +35,12 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(PUBLIC[name]), name)
     except ModuleNotFoundError as error:
-        if error.name in {"torch", "safetensors"}:
-            from altgrad.errors import MissingExtraError
+        from altgrad.errors import missing_extra
 
-            raise MissingExtraError(error.name, "torch", f"altgrad.{name}") from error
-        raise
+        missing = missing_extra(error, f"altgrad.{name}")
+        if missing is None:
+            raise
+        raise missing from error
 
 
 def __dir__() -> list[str]:

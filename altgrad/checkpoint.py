@@ -63,7 +63,7 @@ def save(folder: str | Path, *, step: int, tensors: Mapping[str, Tensor], meta: 
     raw, described = encode(tensors)
     body = {"format": FORMAT, "version": VERSION, "step": step, "tensors": described, "meta": dict(meta)}
     body["file"] = {"name": TENSORS, "bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
-    with durable.explained(final, losing="The last good checkpoint stays."):
+    with durable.explained(final, losing="Checkpoints written before stay."):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -138,7 +138,9 @@ def load_latest(folder: str | Path, *, fallback: bool = False) -> Checkpoint:
     except CheckpointError as error:
         before = [path for path in available(folder) if newest is None or step_of(path) < step_of(newest)]
         if not fallback:
-            hint = f" Earlier ones: {', '.join(path.name for path in before)}; take the newest good one with --fallback." if before else ""
+            hint = "" if not before else " Take the newest good one of them with --fallback."
+            if before and newest is not None:
+                hint = f" Earlier ones: {', '.join(path.name for path in before)}; take the newest good one with --fallback."
             raise CheckpointError(f"{error}{hint}") from error
         for path in reversed(before):
             try:
@@ -147,7 +149,7 @@ def load_latest(folder: str | Path, *, fallback: bool = False) -> Checkpoint:
                 continue
             warnings.warn(f"{error} Falling back to {path}, step {found.step}.", stacklevel=2)
             return found
-        raise CheckpointError(f"{error} There is no earlier good one to fall back to.") from error
+        raise CheckpointError(f"{error} There is no {'earlier ' if newest is not None else ''}good one to fall back to.") from error
 
 
 def available(folder: Path) -> list[Path]:

@@ -158,7 +158,7 @@ def fitting(text: str, training: Any) -> Any:
     choice = chosen(text)
     if choice.label == training.settings.engine:
         raise UsageError(f"--beside {text!r} is the engine of the run itself; give another, or other settings.")
-    fit_check(registry.engine(choice.engine, choice.settings), training.problem, alternatives=registry.needs())
+    fit_check(registry.engine(choice.engine, choice.settings), training.problem, alternatives=registry.needs)
     return choice
 
 

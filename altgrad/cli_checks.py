@@ -53,7 +53,7 @@ def problem_factory(name: str | None, pairs: tuple[str, ...]) -> Callable[[], An
 
     if name is None:
         return None
-    factory = registry.build(registry.find("problem", name), registry.split_pairs(pairs), f"problem {name}")
+    factory = registry.problem(name, registry.split_pairs(pairs))
     return lambda: factory.build(Key(0))
 
 

@@ -10,10 +10,8 @@ from typing import Any
 
 import click
 
-from altgrad.errors import AltgradError, Interrupted, MissingExtraError, near_miss
+from altgrad.errors import AltgradError, Interrupted, missing_extra, near_miss
 
-PACKAGES = {"torch": "torch", "safetensors": "torch", "sklearn": "data", "PIL": "data", "matplotlib": "plot", "pytorch_optimizer": "optim"}
-IMPORTED_AS = {"sklearn": "scikit-learn", "PIL": "pillow"}  # where the package has another name
 DEBUG = "altgrad.debug"  # a key of click's context
 
 
@@ -73,8 +71,8 @@ def fail(context: click.Context, error: BaseException) -> None:
     debug = bool(context.meta.get(DEBUG))
     if debug:
         note("".join(traceback.format_exception(error)).rstrip())
-    if isinstance(error, ModuleNotFoundError) and (package := (error.name or "").split(".")[0]) in PACKAGES:
-        error = MissingExtraError(IMPORTED_AS.get(package, package), PACKAGES[package], f"altgrad {context.invoked_subcommand or ''}".strip())
+    if isinstance(error, ModuleNotFoundError):
+        error = missing_extra(error, f"altgrad {context.invoked_subcommand or ''}".strip()) or error
     text = one_line(str(error)) or "no message"
     if isinstance(error, Interrupted):
         note(f"Interrupted: {text}")

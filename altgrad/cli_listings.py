@@ -2,13 +2,14 @@
 
 import inspect
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from altgrad.cli_frame import Command, Group, columns, emit, note, one_line
-from altgrad.errors import DataError, UsageError, near_miss
+from altgrad.errors import DataError, MissingExtraError, UsageError, near_miss
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="One JSON value on one line.")
 SHELLS = ("bash", "zsh", "fish")
@@ -26,11 +27,24 @@ def engines(as_json: bool) -> None:
     """Learning rules: what they need, and how their estimate may differ from backprop's gradient."""
     from altgrad import registry
 
-    rows = [engine_facts(name) for name in registry.names("engine")]
+    rows = facts_of_all("engine", registry.names("engine"), engine_facts)
     if as_json:
         emit(rows)
     else:
         click.echo(columns([(row["name"], ", ".join(row["needs"]), row["bias"], row["summary"]) for row in rows], ("engine", "needs", "bias", "what it is")))
+
+
+def facts_of_all(kind: str, names: Iterable[str], facts: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
+    """The facts of every one; somebody else's that cannot be loaded is a warning and no row."""
+    rows = []
+    for name in names:
+        try:
+            rows.append(facts(name))
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            note(f"Warning: {kind} {name!r} is left out, because it cannot be loaded: {type(error).__name__}: {one_line(str(error))}")
+    return rows
 
 
 def engine_facts(name: str) -> dict[str, Any]:
@@ -56,7 +70,7 @@ def problems(as_json: bool) -> None:
     """What can be trained on."""
     from altgrad import registry
 
-    rows = [problem_facts(name) for name in registry.names("problem")]
+    rows = facts_of_all("problem", registry.names("problem"), problem_facts)
     if as_json:
         emit(rows)
     else:

@@ -61,7 +61,8 @@ class CompareSettings:
     problem_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the problem"})
     model: str | None = option(None, "name, or package.module:callable; none for the problem's own")
     model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
-    engines: tuple[Choice, ...] = option((), "(label, engine, settings) of every rule; the three backprop baselines are always added")
+    engines: tuple[Choice, ...] = option((), "(label, engine, settings) of every rule; the backprop baselines are added")
+    baselines: tuple[str, ...] = option(tuple(choice.label for choice in BASELINES), "which of the three backprop baselines; backprop itself always")
     seeds: tuple[int, ...] = option((0, 1, 2), "one run of every engine for each")
     budget: str = option("epochs=10", "what each run may spend: epochs=…, forwards=… or seconds=…")
     optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer, the same for every engine")
@@ -77,10 +78,16 @@ class CompareSettings:
     data_dir: str | None = option(None, "where the user's own data files are")
 
     def __post_init__(self) -> None:
-        for name in ("engines", "seeds", "lrs"):
+        for name in ("engines", "baselines", "seeds", "lrs"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "engines", tuple(Choice(*entry) for entry in self.engines))
         Budget.parse(self.budget)
+        require(
+            REFERENCE in self.baselines and set(self.baselines) <= {c.label for c in BASELINES},
+            "baselines",
+            self.baselines,
+            f"{REFERENCE!r} and some of {[c.label for c in BASELINES[1:]]}",
+        )
         require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "one or more different numbers")
         require(self.lr is None or not self.lrs, "lrs", self.lrs, f"absent where lr={self.lr} is given")
         require(all(lr > 0 for lr in self.lrs) and len(set(self.lrs)) == len(self.lrs), "lrs", self.lrs, "different numbers above 0")
@@ -96,8 +103,9 @@ class CompareSettings:
 
     def choices(self) -> list[Choice]:
         """The baselines, then the engines asked for that are not one of them."""
-        known = [choice.build() for choice in BASELINES]
-        return [*BASELINES, *(choice for choice in self.engines if choice.build() not in known)]
+        wanted = [choice for choice in BASELINES if choice.label in self.baselines]
+        known = [choice.build() for choice in wanted]
+        return [*wanted, *(choice for choice in self.engines if choice.build() not in known)]
 
     def train_settings(self, choice: Choice, *, seed: int, lr: float | None) -> TrainSettings:
         """One run of `choice`, which the budget is to end."""

@@ -1,6 +1,6 @@
 """The one interface: what an engine needs, how its estimate may differ from backprop, and what an estimate is."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -114,20 +114,34 @@ def flag_names(needs: Needs) -> str:
     return ", ".join(flag.name or "" for flag in Needs if flag in needs) or "nothing"
 
 
-def fit_check(engine: Engine, problem: "Problem", *, alternatives: Mapping[str, Needs] | None = None) -> None:
+def over_ranks(engine: Engine, estimate: Estimate, world: World, examples: int) -> Estimate:
+    """The estimate of all ranks together, the same bits on each: Σ_r (n_r / Σ n) · what rank r found on its n_r `examples`.
+
+    Where ranks divide the data this holds for loss, gradients, buffers and state (which an engine makes from its own gradients, and which
+    would part otherwise); where they divide a population the engine has seen to it.
+    """
+    if world.size == 1 or engine.split is not Split.DATA:
+        return estimate
+    shares = world.shares(examples, device=estimate.loss.device)
+    grads, state, buffers = (world.mean_tree(tree, shares=shares) for tree in (estimate.grads, estimate.state, estimate.buffers))
+    return estimate._replace(loss=world.mean(estimate.loss, shares=shares), grads=grads, state=dict(state), buffers=dict(buffers))
+
+
+def fit_check(engine: Engine, problem: "Problem", *, alternatives: Callable[[], Mapping[str, Needs]] | None = None) -> None:
     """Refuse, before step 0, an engine that `problem` cannot feed.
 
     Args:
         engine: the learning rule, with its settings.
         problem: what it is to train.
-        alternatives: the needs of every other engine by name, to offer those that do fit.
+        alternatives: gives the needs of every other engine by name, to offer those that do fit; called only where this one does not.
 
     Raises:
         CapabilityError: a need is not provided, or two parameter names share one 32-bit noise address.
     """
     missing = engine.needs & ~problem.provides
     if missing:
-        fitting = sorted(name for name, needs in (alternatives or {}).items() if not needs & ~problem.provides)
+        others = alternatives() if alternatives is not None else {}
+        fitting = sorted(name for name, needs in others.items() if not needs & ~problem.provides)
         views = "; ".join(VIEWS[flag] for flag in Needs if flag in missing)
         offer = f", or use one of: {', '.join(fitting)}." if fitting else "."
         raise CapabilityError(

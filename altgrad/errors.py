@@ -53,6 +53,17 @@ class MissingExtraError(AltgradError):
         super().__init__(f"{purpose} needs the package {package}, which is not installed. Run: pip install 'altgrad[{extra}]'")
 
 
+# The package as it is imported -> the extra that brings it, and its name on the index where that is another.
+EXTRAS = {"torch": "torch", "safetensors": "torch", "sklearn": "data", "PIL": "data", "matplotlib": "plot", "pytorch_optimizer": "optim"}
+INDEX_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "pytorch_optimizer": "pytorch-optimizer"}
+
+
+def missing_extra(error: ModuleNotFoundError, purpose: str) -> MissingExtraError | None:
+    """The error to raise in place of `error` where the module that was not found comes with one of our extras."""
+    package = (error.name or "").split(".")[0]
+    return MissingExtraError(INDEX_NAMES.get(package, package), EXTRAS[package], purpose) if package in EXTRAS else None
+
+
 class Interrupted(AltgradError):
     """SIGINT (130) or SIGTERM (143) arrived; the checkpoint has been written."""
 

@@ -194,7 +194,7 @@ class Subject:
         """Which parameters have no layer output to be perturbed, and which layers' rows are not examples."""
         if not report.driven:
             return
-        trace = SiteTrace(self.key, [0], law="normal", examples=self.examples, first=0, store=True, guide=None, scale=1)
+        trace = SiteTrace(self.key, [0], law="normal", examples=self.examples, first=0, store=True, guide=None, scale=1, grads={})
         with AddressedSamplers(self.key), torch.enable_grad(), following_custom_functions():
             try:
                 self.score(self.run(trace.parameters(self.params), self.inputs)[0])

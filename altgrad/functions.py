@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from altgrad import registry
 from altgrad.engine import Engine, Tree, fit_check
 from altgrad.errors import NumericsError, ShapeError
+from altgrad.forward_mode import primal_of
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.world import World
@@ -31,7 +32,9 @@ class FunctionProblem(Problem):
         self.arguments, self.keywords = args, kwargs
         for index, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                raise ShapeError(f"leaf {index} of argument {self.argnums} is {getattr(leaf, 'dtype', type(leaf).__name__)}; every leaf must be a float tensor.")
+                raise ShapeError(
+                    f"leaf {index} of argument {self.argnums} is {getattr(leaf, 'dtype', type(leaf).__name__)}; every leaf must be a float tensor."
+                )
         self.tensors = {str(index): leaf.detach() for index, leaf in enumerate(leaves)}
         return self.tensors
 
@@ -46,14 +49,17 @@ class FunctionProblem(Problem):
         args[self.argnums] = tree_unflatten([params[str(index)] for index in range(len(self.tensors))], self.spec)
         value = self.function(*args, **self.keywords)
         if self.has_aux:
-            value, self.aux = value
+            value, aux = value
+            self.aux = tree_map(lambda leaf: primal_of(leaf).detach() if isinstance(leaf, Tensor) else leaf, aux)
         if not isinstance(value, Tensor) or value.numel() != 1:
             seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ShapeError(f"the function returned {seen}; it must return a scalar tensor{' first' if self.has_aux else ''}.")
         return value.reshape(1)
 
 
-def value_and_grad(function: Callable[..., Any], argnums: int = 0, *, engine: str | Engine = "forward", has_aux: bool = False, **settings: Any) -> Callable[..., Any]:
+def value_and_grad(
+    function: Callable[..., Any], argnums: int = 0, *, engine: str | Engine = "forward", has_aux: bool = False, **settings: Any
+) -> Callable[..., Any]:
     """(f(x), ĝ(x)) with the engine's estimate ĝ.
 
     Args:
@@ -71,9 +77,10 @@ def value_and_grad(function: Callable[..., Any], argnums: int = 0, *, engine: st
     def estimate(*args: Any, key: Key | None = None, **kwargs: Any) -> Any:
         problem = FunctionProblem(function, argnums, has_aux)
         params = problem.bind(args, kwargs)
-        fit_check(rule, problem, alternatives=registry.needs())
+        fit_check(rule, problem, alternatives=registry.needs)
         key = key or Key(0)
-        found = rule.estimate(problem, params, rule.init(problem, params, key), Batch((), ()), key, World())
+        trained = {**params, **rule.aux(problem, key)}
+        found = rule.estimate(problem, trained, rule.init(problem, trained, key), Batch((), ()), key, World())
         if not bool(torch.isfinite(found.loss)):
             raise NumericsError(f"the function's value is {float(found.loss)} in {rule.name}; its gradient cannot be estimated there.")
         grads = tree_unflatten([found.grads[name] if name in found.grads else torch.zeros_like(leaf) for name, leaf in params.items()], problem.spec)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import registry
-from altgrad.engine import Engine, Tree, fit_check
+from altgrad.engine import Engine, Tree, fit_check, over_ranks
 from altgrad.errors import CheckpointError, NumericsError
-from altgrad.problem import Batch, first_tensor
-from altgrad.problems.supervised import Supervised, check_labels
+from altgrad.problem import Batch, first_tensor, not_finite
+from altgrad.problems.supervised import Supervised
 from altgrad.rng import Key
 from altgrad.world import World
 
@@ -40,10 +40,19 @@ class Learner:
         than a model and a loss provide.
     """
 
-    def __init__(self, model: nn.Module, loss: Callable[[Any, Any], Tensor], *, engine: str | Engine = "forward", seed: int = 0, world: World | None = None, **settings: Any):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        *,
+        engine: str | Engine = "forward",
+        seed: int = 0,
+        world: World | None = None,
+        **settings: Any,
+    ):
         self.engine: Engine = registry.engine(engine, settings) if isinstance(engine, str) else engine
         self.problem = Supervised(model, loss, key=Key(seed))
-        fit_check(self.engine, self.problem, alternatives=registry.needs())
+        fit_check(self.engine, self.problem, alternatives=registry.needs)
         self.key, self.world, self.draws, self.frozen = Key(seed), world or World(), 0, False
         self.aux: Tree = {name: value.requires_grad_() for name, value in self.engine.aux(self.problem, self.key).items()}
         self.state: Tree = self.engine.init(self.problem, self.tensors(), self.key)
@@ -77,14 +86,19 @@ class Learner:
         if self.aux and not (self.warned or self.asked_for_all):
             self.warned = True
             warnings.warn(f"the optimizer was not built from learner.parameters(), so {', '.join(sorted(self.aux))} will not be trained.", stacklevel=2)
-        batch = Batch(x, y, 0)
+        batch = Batch(x, y)
+        examples = self.problem.batch_size_of(batch)
         if not self.checked:
-            self.check_first(batch)
+            self.problem.check_batch(batch)
+            self.checked = True
         tensors = self.tensors()
+        batch = batch._replace(first=self.world.place(examples, device=next(iter(tensors.values())).device))
         estimate = self.engine.estimate(self.problem, tensors, self.state, batch, self.key.at(self.draws), self.world)
+        estimate = over_ranks(self.engine, estimate, self.world, examples)
         if not bool(torch.isfinite(estimate.loss)):
-            raise NumericsError(f"the loss is {float(estimate.loss)} in {self.engine.name}, step {self.draws}; lower the learning rate or look at the batch.")
-        grads = dict(self.world.mean_tree(estimate.grads))
+            advice = not_finite(x) or "lower the learning rate or look at the batch."
+            raise NumericsError(f"the loss is {float(estimate.loss)} in {self.engine.name}, step {self.draws}; {advice}")
+        grads = dict(estimate.grads)
         bad = first_not_finite(grads)
         if bad is not None:
             raise NumericsError(f"the gradient of {bad} is not finite in {self.engine.name}, step {self.draws}; lower the learning rate or clip.")
@@ -97,20 +111,6 @@ class Learner:
         if not self.frozen:
             self.draws += 1
         return Report(estimate.loss, estimate.metrics)
-
-    def check_first(self, batch: Batch) -> None:
-        """Once, before the first step: labels in range of the outputs."""
-        self.checked = True
-        if isinstance(batch.targets, Tensor) and batch.targets.dtype == torch.int64 and batch.targets.ndim == 1:
-            mode = self.model.training
-            self.model.eval()
-            try:
-                with torch.no_grad():
-                    outputs = self.problem.forward(self.problem.params(), batch.inputs, self.problem.fresh_buffers())
-            finally:
-                self.model.train(mode)
-            if isinstance(outputs, Tensor) and outputs.ndim == 2 and outputs.is_floating_point():
-                check_labels(outputs, batch.targets)
 
     @contextmanager
     def frozen_noise(self) -> Iterator[None]:
@@ -142,6 +142,7 @@ class Learner:
             "engine": self.engine.name,
             "seed": self.key.seed,
             "draws": self.draws,
+            "split_loss": self.problem.split_loss,
             "aux": {name: value.detach().clone() for name, value in self.aux.items()},
             "state": {name: value.clone() for name, value in self.state.items()},
         }
@@ -155,6 +156,7 @@ class Learner:
         if saved.get("engine") != self.engine.name or set(saved["aux"]) != set(self.aux) or set(saved["state"]) != set(self.state):
             raise CheckpointError(f"this state belongs to engine {saved.get('engine')!r} or other settings; the learner runs {self.engine.name!r}.")
         self.key, self.draws = Key(saved["seed"]), saved["draws"]
+        self.problem.split_loss = saved.get("split_loss")
         with torch.no_grad():
             for name, value in saved["aux"].items():
                 self.aux[name].copy_(value)

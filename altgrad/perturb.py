@@ -14,7 +14,6 @@ from torch import Tensor
 from altgrad.kernels import noise
 from altgrad.rng import Key, tensor_id
 
-
 SMALL = 1 << 14  # numbers: directions up to this size (biases, norms) are kept for the step, as drawing them twice costs more
 
 

@@ -46,12 +46,22 @@ class Problem:
         """The batch of a step: a pure function of `step` and rank, so that resume needs no saved state."""
         raise NotImplementedError
 
+    def check_batch(self, batch: Batch) -> None:
+        """Look at a first batch before anything is trained: refuse what cannot be learnt from, and settle what must not depend on a later batch.
+
+        Raises:
+            ShapeError, DataError, NumericsError: the model, the loss or the data do not fit together; says which and how.
+        """
+
     def batch_size_of(self, batch: Batch) -> int:
         """The number of examples in `batch`."""
         return first_tensor(batch.inputs).shape[0]
 
     def forward(self, params: Tree, inputs: Any, buffers: Tree) -> Any:
-        """The model's outputs; names in `params` that are not the model's (an engine's own) are left alone. `buffers` may be written in place: hand in clones (`fresh_buffers`)."""
+        """The model's outputs; names in `params` that are not the model's (an engine's own) are left alone.
+
+        `buffers` may be written in place: hand in clones (`fresh_buffers`).
+        """
         raise NotImplementedError
 
     def losses(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
@@ -120,6 +130,18 @@ class Problem:
         return found
 
 
+def not_finite(inputs: Any) -> str:
+    """A sentence if a tensor among the inputs holds NaN or infinity, naming the first example that does; else an empty string."""
+    for leaf in tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            for start, part in enumerate(leaf.split(4096) if leaf.ndim else [leaf]):  # in parts: a mask of a whole data set is large
+                wrong = ~torch.isfinite(part)
+                if bool(wrong.any()):
+                    kind = "NaN" if bool(torch.isnan(part).any()) else "infinite values"
+                    return f"the inputs hold {kind}, first in example {4096 * start + int(wrong.nonzero()[0, 0]) if leaf.ndim else 0}; clean the data."
+    return ""
+
+
 def first_tensor(tree: Any) -> Tensor:
     """The first tensor of a nest of tuples, lists and dicts."""
     leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -128,4 +150,4 @@ def first_tensor(tree: Any) -> Tensor:
     return leaves[0]
 
 
-__all__ = ["Batch", "Problem", "first_tensor"]
+__all__ = ["Batch", "Problem", "first_tensor", "not_finite"]

@@ -3,11 +3,11 @@
 import ast
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from altgrad.errors import MissingExtraError, SettingError, UsageError, near_miss
+from altgrad.errors import SettingError, UsageError, missing_extra, near_miss
 
 KINDS = {"engine": "altgrad.engines", "problem": "altgrad.problems"}
 
@@ -44,11 +44,10 @@ def locate(target: str, kind: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        missing = (error.name or "").split(".")[0]
-        extra = {"torch": "torch", "safetensors": "torch", "sklearn": "data", "PIL": "data", "matplotlib": "plot"}.get(missing)
-        if extra:
-            raise MissingExtraError(missing, extra, f"{kind} {target}") from error
-        if module.split(".")[0] == missing or module == error.name:
+        missing = missing_extra(error, f"{kind} {target}")
+        if missing is not None:
+            raise missing from error
+        if error.name and f"{module}.".startswith(f"{error.name}."):
             raise UsageError(f"{kind} {target!r}: there is no module {module!r} on the path. Give package.module:attribute.") from error
         raise
     if not hasattr(found, attribute):
@@ -57,12 +56,41 @@ def locate(target: str, kind: str) -> Any:
 
 
 def engine(name: str, settings: Mapping[str, Any] | None = None) -> Any:
-    """The engine `name` with `settings`: values, or strings to be parsed by the field they set."""
-    return build(find("engine", name), settings or {}, f"engine {name}")
+    """The engine `name` with `settings`: values, or strings to be parsed by the field they set.
+
+    Raises:
+        UsageError: no such engine, or what `name` points at is none. SettingError: as in `build`.
+    """
+    from altgrad.engine import Engine
+
+    found = find("engine", name)
+    if not (isinstance(found, type) and issubclass(found, Engine)):
+        raise UsageError(f"engine {name!r} is {kind_of(found)}; it must be a subclass of altgrad.Engine. See `altgrad engines`.")
+    return build(found, settings or {}, f"engine {name}")
+
+
+def problem(name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """The factory of the problem `name` with `settings`, as in `engine`."""
+    found = find("problem", name)
+    if not hasattr(found, "build"):
+        raise UsageError(f"problem {name!r} is {kind_of(found)}; it must be a dataclass of settings with build(key). See `altgrad problems`.")
+    return build(found, settings or {}, f"problem {name}")
+
+
+def kind_of(thing: Any) -> str:
+    """`the class JSONDecoder`, `a function`: what somebody pointed at, in an error."""
+    return f"the class {thing.__name__}" if isinstance(thing, type) else f"a {type(thing).__name__}"
 
 
 def build(cls: Any, settings: Mapping[str, Any], label: str) -> Any:
-    """An instance of the dataclass `cls` from `settings`; unknown settings name their nearest neighbour."""
+    """An instance of the dataclass `cls` from `settings`.
+
+    Raises:
+        UsageError: `cls` is no dataclass.
+        SettingError: an unknown setting (the nearest one is suggested), one that cannot be parsed or is out of range, or one that is missing.
+    """
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise UsageError(f"{label} is {kind_of(cls)}; it must be a dataclass, whose fields are the settings.")
     known = {field.name: field for field in fields(cls) if field.init}
     values = {}
     for key, value in settings.items():
@@ -70,6 +98,9 @@ def build(cls: Any, settings: Mapping[str, Any], label: str) -> Any:
         if name not in known:
             raise SettingError(f"{label}: " + near_miss("setting", key, known))
         values[name] = parse(value, known[name], label) if isinstance(value, str) else value
+    absent = [field.name for field in known.values() if field.default is MISSING and field.default_factory is MISSING and field.name not in values]
+    if absent:
+        raise SettingError(f"{label} needs the setting {' and '.join(absent)}, which has no default; give {absent[0]}=VALUE.")
     return cls(**values)
 
 
@@ -119,5 +150,11 @@ def describe_settings(cls: Any) -> list[dict[str, Any]]:
 
 
 def needs() -> dict[str, Any]:
-    """The needs of every engine with its default settings, to offer alternatives where one does not fit."""
-    return {name: find("engine", name)().needs for name in names("engine")}
+    """The needs of every engine with its default settings, to offer alternatives where one does not fit; what cannot be loaded is no alternative."""
+    found = {}
+    for name in names("engine"):
+        try:
+            found[name] = engine(name).needs
+        except Exception:  # somebody else's entry point: whatever is wrong with it, it must not hide the error at hand
+            continue
+    return found

@@ -12,6 +12,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -54,7 +55,7 @@ class Run:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a row to metrics.jsonl; numbers that are not finite become null."""
         path = self.folder / METRICS
-        with durable.explained(path, losing="The last good checkpoint stays."), open(path, "ab") as file:
+        with durable.explained(path, losing="Checkpoints written before stay."), open(path, "ab") as file:
             file.write(durable.to_json(finite(row)))
 
     def rows(self) -> list[dict[str, Any]]:
@@ -78,13 +79,13 @@ class Run:
     def sync(self) -> None:
         """Wait until metrics.jsonl is on the disk, so that a checkpoint never gets ahead of its rows."""
         path = self.folder / METRICS
-        with durable.explained(path, losing="The last good checkpoint stays."), open(path, "ab") as file:
+        with durable.explained(path, losing="Checkpoints written before stay."), open(path, "ab") as file:
             os.fsync(file.fileno())
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write result.json."""
         path = self.folder / RESULT
-        with durable.explained(path, losing="The last good checkpoint stays."):
+        with durable.explained(path, losing="Checkpoints written before stay."):
             durable.replace(path, durable.to_json(finite(result), indent=1))
 
 
@@ -122,6 +123,39 @@ def create(folder: str | Path, settings: Mapping[str, Any], *, overwrite: bool =
         durable.replace(folder / METRICS, b"")
         durable.replace(folder / CONFIG, config)
     return Run(folder)
+
+
+def withdraw(run: Run, *, existed: bool) -> Path | None:
+    """Take a run that failed before its first checkpoint out of the way of the next one, losing nothing.
+
+    Args:
+        run: what `create` made.
+        existed: whether the folder was there before (empty), and shall stay.
+
+    Returns:
+        Where the rows that it logged are now: NAME.failed-1 and so on, or still its own folder where somebody else's files are in it, too.
+        None where there are none; then its files are gone.
+    """
+    folder = run.folder
+    if run.rows():
+        if any(path.name not in OWN for path in folder.iterdir()):
+            return folder
+        number = 1
+        while (aside := folder.with_name(f"{folder.name}.failed-{number}")).exists():
+            number += 1
+        try:
+            folder.rename(aside)
+        except OSError:  # a mount point, or a parent that cannot be written
+            return folder
+        return aside
+    for name in (CONFIG, METRICS, ENVIRONMENT):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: what is in there is not ours
+        (folder / CHECKPOINTS).rmdir()
+    if not existed:
+        with suppress(OSError):
+            folder.rmdir()
+    return None
 
 
 def find(folder: str | Path) -> Run:

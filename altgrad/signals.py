@@ -32,7 +32,7 @@ class StopSignals:
     def handle(self, number: int, frame: FrameType | None) -> None:
         """The handler."""
         if self.received is not None:
-            raise Interrupted(f"{name(number)} arrived twice: stopped at once, in mid-step. The last good checkpoint stays.", exit_code(number))
+            raise Interrupted(f"{name(number)} arrived twice: stopped at once, in mid-step. Checkpoints written before stay.", exit_code(number))
         self.received = number
 
 

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad import optimizer_state, runs, signals
-from altgrad.engine import Estimate, Split, Tree
+from altgrad import checkpoint, optimizer_state, runs, signals
+from altgrad.engine import Estimate, Tree, over_ranks
 from altgrad.errors import Interrupted, NumericsError, ShapeError
+from altgrad.kernels import noise
 from altgrad.optimizers import wants_closure
-from altgrad.problem import Batch
-from altgrad.training import COUNTS, Training, TrainSettings, build, resolved, resume, save
+from altgrad.problem import Batch, not_finite
+from altgrad.training import COUNTS, Training, TrainSettings, build, resolved, resume, save, settle_noise
 
 Row = dict[str, Any]  # one line of metrics.jsonl
 
@@ -33,6 +34,7 @@ class Result:
     peak_memory_bytes: int
     seed: int
     settings: dict[str, Any]
+    noise: dict[str, Any]  # how normals were drawn, with what compiling came to in this process
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
@@ -61,11 +63,7 @@ def fill(training: Training, batch: Batch) -> Estimate:
     """Estimate the gradient and put it, checked and clipped, into p.grad; a parameter that the engine left out keeps None."""
     training.optimizer.zero_grad(set_to_none=True)  # before the estimate, which needs the memory
     estimate = training.engine.estimate(training.problem, training.values(), training.state, batch, training.key, training.world)
-    if training.engine.split is Split.DATA:
-        mean = training.world.mean
-        estimate = estimate._replace(
-            loss=mean(estimate.loss), grads=training.world.mean_tree(estimate.grads), buffers=dict(training.world.mean_tree(estimate.buffers))
-        )
+    estimate = over_ranks(training.engine, estimate, training.world, training.problem.batch_size_of(batch))
     gradients: Tree = {}
     for name in estimate.grads:
         gradient, parameter = estimate.grads[name], training.params.get(name)
@@ -75,7 +73,7 @@ def fill(training: Training, batch: Batch) -> Estimate:
         parameter.grad = gradients[name] = gradient.detach().to(parameter.dtype)
     norm = total_norm(gradients)
     if not bool(torch.isfinite(norm) & torch.isfinite(estimate.loss)):  # one number: the only wait for the device in a step
-        refuse(training, estimate.loss, gradients)
+        refuse(training, batch, estimate.loss, gradients)
         norm = total_norm(gradients, dtype=torch.float64)  # every entry is finite: their squares ran over
     if training.settings.clip is not None:
         factor = (training.settings.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -116,7 +114,7 @@ def accumulator(tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
     return wide if wide.is_complex or wide.is_floating_point else dtype
 
 
-def refuse(training: Training, loss: Tensor, gradients: Tree) -> None:
+def refuse(training: Training, batch: Batch, loss: Tensor, gradients: Tree) -> None:
     """Raise NumericsError for the first tensor that is not finite, if there is one."""
     suspects = {"the loss": loss, **{f"the gradient of {name!r}": gradient for name, gradient in gradients.items()}}
     for what, tensor in suspects.items():
@@ -124,9 +122,11 @@ def refuse(training: Training, loss: Tensor, gradients: Tree) -> None:
         if wrong:
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinite"
             training.optimizer.zero_grad(set_to_none=True)
+            inputs = not_finite(batch.inputs)
+            advice = f"In this batch {inputs}" if inputs else "Lower lr, or set clip."
             raise NumericsError(
                 f"{what} is {kind} ({wrong} of {tensor.numel()} entries) at step {training.step} (engine {training.settings.engine}, "
-                f"optimizer {training.settings.optimizer}, lr={training.settings.lr}). The update was not made. Check the data, lower lr, or set clip."
+                f"optimizer {training.settings.optimizer}, lr={training.settings.lr}). The update was not made. {advice}"
             )
 
 
@@ -154,9 +154,10 @@ def fit(
         on_evaluate: called with the training and each row of held-out figures.
 
     Raises:
-        UsageError: the folder holds something already. NumericsError: diverged, before the update; the last good checkpoint stays.
-        Interrupted: SIGINT or SIGTERM; the step was finished and a checkpoint written.
+        UsageError: the folder holds something already. NumericsError: diverged, before the update; checkpoints stay, and without any
+        the run is withdrawn (runs.withdraw). Interrupted: SIGINT or SIGTERM; the step was finished and a checkpoint written.
     """
+    existed = run_folder is not None and Path(run_folder).exists()
     if run_folder is not None and training.world.is_main:
         training.run = runs.create(run_folder, resolved(training), overwrite=overwrite)
     if torch.cuda.is_available():
@@ -167,7 +168,16 @@ def fit(
     except NumericsError as error:
         if training.run is None:
             raise
-        raise NumericsError(f"{error} The last good checkpoint stays in {training.run.checkpoints}.") from error
+        if checkpoint.available(training.run.checkpoints):
+            raise NumericsError(f"{error} The last good checkpoint stays in {training.run.checkpoints}.") from error
+        kept = runs.withdraw(training.run, existed=existed) if run_folder is not None else training.run.folder
+        raise NumericsError(f"{error} No checkpoint had been written{f'; what was logged is in {kept}' if kept else ''}.") from error
+    except Interrupted:
+        raise
+    except Exception:
+        if run_folder is not None and training.run is not None and not checkpoint.available(training.run.checkpoints) and not training.run.rows():
+            runs.withdraw(training.run, existed=existed)
+        raise
     result = Result(
         test_accuracy=training.figures.get("test_accuracy"),
         test_loss=training.figures.get("test_loss"),
@@ -178,6 +188,7 @@ def fit(
         peak_memory_bytes=runs.peak_memory(),
         seed=training.settings.seed,
         settings=resolved(training),
+        noise={"form": training.noise, "compile_seconds": noise.compile_seconds(), "compile_failures": noise.compile_failures()},
     )
     if training.run is not None and training.world.is_main:
         training.run.write_result(result.as_dict())
@@ -190,9 +201,12 @@ def loop(training: Training, stop: signals.StopSignals, *, keep: int, on_step: A
     every = training.settings.save_every or epoch
     last = training.step >= training.total_steps
     while not last:
-        started = time.perf_counter()
-        metrics = step(training)
-        training.seconds += time.perf_counter() - started
+        with noise.compiled(training.noise == "compiled"):
+            started, compiling, normals = time.perf_counter(), noise.compile_seconds(), noise.drawn()
+            metrics = step(training)
+            training.seconds += time.perf_counter() - started - (noise.compile_seconds() - compiling)
+        if training.noise is None:
+            settle_noise(training, noise.drawn() - normals)
         if training.step == 1 and training.run is not None:
             optimizer_state.pack(training.optimizer.state_dict())  # what cannot be stored is refused now, not an epoch later
         last = training.step >= training.total_steps

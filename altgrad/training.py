@@ -15,12 +15,14 @@ from torch import Tensor
 from altgrad import checkpoint, optimizer_state, optimizers, registry, runs
 from altgrad.engine import Engine, Tree, fit_check
 from altgrad.errors import CheckpointError, NumericsError, SettingError, near_miss, require
+from altgrad.kernels import noise
 from altgrad.problem import Problem
 from altgrad.rng import Key
 from altgrad.world import World
 
 EPOCHS = 10  # where neither epochs nor steps are given and the problem has no default of its own
 STEPS = 1000  # the same for a problem that has no epochs
+FORMS = ("none", "eager", "compiled")  # how normals on the CPU are drawn
 COUNTS = ("forwards", "backwards")  # metrics that are summed over the run
 
 
@@ -88,6 +90,7 @@ class Training:
     seconds: float = 0.0  # in steps alone, without evaluation and saving
     counts: Tree = field(default_factory=lambda: {name: torch.zeros((), dtype=torch.float64) for name in COUNTS})
     figures: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    noise: str | None = None  # FORMS, settled after the first step: it decides the last bits, so it is part of what resuming restores
     run: runs.Run | None = None
 
     @property
@@ -118,13 +121,14 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
 
     Raises:
         UsageError: unknown names or settings, values out of range, an engine that the problem cannot feed.
+        ShapeError, DataError, NumericsError: the model, the loss and the data do not fit together, or the data hold NaN.
     """
     key, world = Key(settings.seed), world or World()
     engine = registry.engine(settings.engine, settings.engine_settings)
-    factory = registry.build(registry.find("problem", settings.problem), settings.problem_settings, f"problem {settings.problem}")
+    factory = registry.problem(settings.problem, settings.problem_settings)
     problem = build_problem(factory, settings, key.fold("problem"))
-    missing = engine.needs & ~problem.provides
-    fit_check(engine, problem, alternatives=registry.needs() if missing else None)
+    fit_check(engine, problem, alternatives=registry.needs)
+    problem.check_batch(problem.batch(0, World()))  # the whole of it on every rank, with the first weights: the same answers whenever a run is resumed
     params = {name: leaf(tensor) for name, tensor in {**problem.params(), **engine.aux(problem, key.fold("aux"))}.items()}
     defaults = getattr(factory, "defaults", {})
     own_lr = defaults.get("lr") if settings.optimizer.lower() == defaults.get("optimizer", "").lower() else None  # tuned for that optimizer
@@ -186,6 +190,7 @@ def save(training: Training, *, keep: int = 3) -> Path | None:
         "counts": {name: training.count(name) for name in COUNTS},
         "seconds": training.seconds,
         "figures": training.figures,
+        "noise": training.noise,
     }
     tensors = {f"{group}/{name}": tensor for group, tree in groups.items() for name, tensor in tree.items()}
     training.run.sync()
@@ -244,6 +249,23 @@ def restore(training: Training, saved: checkpoint.Checkpoint) -> None:
     training.state = {name: tensor.to(device) for name, tensor in groups["state"].items()}
     training.counts = {name: torch.tensor(float(value), dtype=torch.float64, device=device) for name, value in saved.meta["counts"].items()}
     training.step, training.seconds, training.figures = saved.step, saved.meta["seconds"], saved.meta["figures"]
+    training.noise = saved.meta.get("noise")
+    if training.noise in {"eager", "compiled"} and not noise.follows(training.noise == "compiled"):
+        warnings.warn(f"the run drew {training.noise} noise, which ALTGRAD_COMPILE now forbids: going on is exact to rounding only.", stacklevel=2)
+
+
+def settle_noise(training: Training, normals: int) -> None:
+    """Decide, once a run, whether `normals` a step on the CPU are worth compiling for; all ranks agree."""
+    device = next(iter(training.params.values())).device
+
+    def mean(value: float) -> float:
+        return float(training.world.mean(torch.tensor(float(value), device=device)))
+
+    share = round(mean(normals))
+    wanted = share > 0 and noise.worth_compiling(share, training.total_steps)
+    with noise.compiled(wanted):  # compiles now
+        failed = wanted and mean(noise.compile_failures()) > 0
+    training.noise = "none" if share == 0 else "compiled" if wanted and not failed else "eager"
 
 
 def resolved(training: Training) -> dict[str, Any]:

@@ -8,6 +8,7 @@ is compiled before; its compile time is reported and left out.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -37,7 +38,7 @@ LIMITS = {("rank 1, K=16", 0): 3.0, ("rank 1, K=16", 1): 4.7, ("activations, K=1
 
 def build(sizes: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for width, following in zip(sizes, sizes[1:], strict=False):
+    for width, following in itertools.pairwise(sizes):
         layers += [nn.Linear(width, following), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -81,12 +82,23 @@ def main() -> None:
                 ratios = []
                 for _ in range(arguments.repeats if "dense, K=16" not in label else 3):
                     base = statistics.median(seconds(lambda: plain_step(model, x, y)) for _ in range(5))
-                    ratios.append(seconds(lambda: step(learner)) / base)  # noqa: B023
-                rows.append({"net": name, "case": label, "ratio": statistics.median(ratios), "spread": [min(ratios), max(ratios)], "limit": LIMITS.get((label, place)), "unit": "× backprop step"})
+                    ratios.append(seconds(lambda: step(learner)) / base)
+                rows.append(
+                    {
+                        "net": name,
+                        "case": label,
+                        "ratio": statistics.median(ratios),
+                        "spread": [min(ratios), max(ratios)],
+                        "limit": LIMITS.get((label, place)),
+                        "unit": "× backprop step",
+                    }
+                )
     for row in rows:
         limit = "" if row["limit"] is None else f"   asked <= {row['limit']}"
         print(f"{row['net']:18} {row['case']:28} {row['ratio']:6.2f} {row['unit']}{limit}", flush=True)
-    record(arguments.out, {"batch": BATCH, "threads": 1, "compile_seconds": noise.compile_seconds(), "compile_failures": noise.compile_failures(), "rows": rows})
+    record(
+        arguments.out, {"batch": BATCH, "threads": 1, "compile_seconds": noise.compile_seconds(), "compile_failures": noise.compile_failures(), "rows": rows}
+    )
     print(json.dumps({"compile_seconds": round(noise.compile_seconds(), 1)}))
 
 

@@ -54,5 +54,6 @@ CASES = [
     activations(chunk=3),
     activations(noise="sign"),
     activations(guess="local", tangents=0, refuses=tuple(f"is_not_reversed_on_{probe}" for probe in HEADLESS)),
+    activations(guess="local", chunk=1, refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
     activations(guess="local", refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
 ]

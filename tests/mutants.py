@@ -191,7 +191,19 @@ class NoMix:
 def other_masks() -> Iterator[None]:
     """Every pass has dropout masks of its own."""
     passes = iter(range(10**9))
-    with mock.patch.object(forward, "AddressedSamplers", lambda key: AddressedSamplers(key.fold(next(passes)))):
+    with mock.patch.object(forward, "AddressedSamplers", lambda key, **where: AddressedSamplers(key.fold(next(passes)), **where)):
+        yield
+
+
+@contextmanager
+def unguided_later() -> Iterator[None]:
+    """Only the first pass knows the guides."""
+    plain = ActivityTrace.__init__
+
+    def start(self, *args, guide, lead, **named):
+        plain(self, *args, guide=guide if lead else None, lead=lead, **named)
+
+    with mock.patch.object(ActivityTrace, "__init__", start):
         yield
 
 
@@ -287,6 +299,7 @@ MUTANTS = [
         on("is_unbiased_on", "batch_norm"),
         patched(ActivityTrace, "turned", lambda self, unit: unit),
     ),
+    Mutant("later chunks not kept clear of the guides", Forward(guess="local", tangents=4, chunk=1), on("is_unbiased_on", "network"), unguided_later),
     Mutant("one noise for both uses of a tied weight", Forward(), on("is_unbiased_on", "tied_weights"), patched(ActivityTrace, "draw", one_site)),
     Mutant("weight tangents forgotten outside layers", Forward(), on("is_unbiased_on", "quadratic"), patched(ActivityTrace, "gradients", forgotten_weights)),
     Mutant("parts added without their share", Backprop(accumulation=3), on("is_exact_on", "network"), patched(backprop, "cut", unequal_parts)),

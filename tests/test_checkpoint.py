@@ -246,6 +246,22 @@ def test_a_damaged_newest_is_not_replaced_unasked(folder):
         checkpoint.load_latest(folder)
 
 
+@pytest.mark.parametrize("content", ["", "step-00000099\n", "nonsense"])
+def test_a_damaged_pointer_calls_no_checkpoint_earlier(folder, content):
+    (folder / "latest").write_text(content)
+    with pytest.raises(CheckpointError, match=r"step-00000010, step-00000020\..* Take the newest good one of them with --fallback") as caught:
+        checkpoint.load_latest(folder)
+    assert "arlier" not in str(caught.value)
+
+
+def test_a_damaged_pointer_before_damaged_checkpoints_calls_none_of_them_earlier(folder):
+    (folder / "latest").write_text("")
+    for step in (10, 20):
+        cut(folder / f"step-000000{step}" / "tensors.safetensors")
+    with pytest.raises(CheckpointError, match="There is no good one to fall back to"):
+        checkpoint.load_latest(folder, fallback=True)
+
+
 def test_fallback_takes_the_newest_good_one_and_says_so(folder):
     checkpoint.save(folder, step=30, tensors=some_tensors(30), meta={})
     cut(folder / "step-00000030" / "tensors.safetensors")
@@ -274,7 +290,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_no_temporary_files(fold
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(AltgradError, match=r"the disk is full: .*step-00000030.* The last good checkpoint stays") as caught:
+    with pytest.raises(AltgradError, match=r"the disk is full: .*step-00000030.* Checkpoints written before stay") as caught:
         checkpoint.save(folder, step=30, tensors=some_tensors(30), meta={})
     assert caught.value.exit_code == 1
     assert checkpoint.load_latest(folder).step == 20

@@ -90,15 +90,25 @@ def test_an_error_in_somebodys_own_code_is_one_line_and_leaves_with_1():
     assert done.stderr == "Error: RuntimeError: boom and more (--debug shows where)\n"
 
 
-@pytest.mark.parametrize("outputs", ["nn.Linear(64, 3)", "nn.Sequential(nn.Linear(64, 10), nn.Flatten(0))", "nn.Linear(63, 10)"])
-def test_a_model_that_does_not_fit_the_data_is_an_error_of_one_line(outputs, monkeypatch):
-    Path("misfit.py").write_text(f"from torch import nn\ndef model(): return {outputs}\n")
+MISFITS = {
+    "nn.Linear(64, 3)": "labels run from 0 to 9, but the model has 3 outputs; labels must be in [0, 2].",
+    "nn.Sequential(nn.Linear(64, 10), nn.Flatten(0))": "the model returned shape (640,) for 64 inputs; a classifier must return [64, 10].",
+    "nn.Sequential(nn.Linear(64, 10), nn.Unflatten(0, (32, 2)))": "the model returned shape (32, 2, 10) for 64 inputs; a classifier must return [64, 10].",
+    "nn.Linear(63, 10)": "the model does not take inputs of shape (64, 64): mat1 and mat2 shapes cannot be multiplied",
+    "nn.LSTM(64, 10)": "the model returned shapes (64, 10), (1, 10), (1, 10) for 64 inputs; a classifier must return [64, 10].",
+}
+
+
+@pytest.mark.parametrize("model", MISFITS)
+def test_a_model_that_does_not_fit_the_data_leaves_with_1_before_there_is_a_run_folder(model, monkeypatch):
+    Path("misfit.py").write_text(f"from torch import nn\ndef model(): return {model}\n")
     monkeypatch.syspath_prepend(".")
     monkeypatch.delitem(sys.modules, "misfit", raising=False)
     done = invoke("train", "--model", "misfit:model", "--steps", 2, "--quiet", "--out", "a")
-    assert done.exit_code in {1, 2}
-    assert done.stderr.startswith("Error: ")
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"Error: {MISFITS[model]}")
     assert done.stderr.count("\n") == 1
+    assert not Path("a").exists()
 
 
 def test_a_data_set_that_is_missing_says_how_to_get_it():
@@ -115,11 +125,19 @@ def test_a_loss_that_is_nan_leaves_with_3_and_names_engine_and_step():
     assert done.exit_code == 3
     assert "the loss is NaN" in done.stderr
     assert "step 7 (engine toys:Noisy" in done.stderr
+    assert "In this batch the inputs hold NaN, first in example 0; clean the data." in done.stderr
 
 
 def test_the_last_good_checkpoint_stays_after_divergence():
     train("--steps", 20, "--save-every", 5, "--problem-setting", "poison=inputs@7", "--out", "a", "--quiet")
     assert Path("a/checkpoints/latest").read_text().strip() == "step-00000005"
+
+
+def test_divergence_at_step_0_is_not_said_to_leave_a_checkpoint_and_the_name_is_free_again():
+    done = train("--steps", 2, "--problem-setting", "poison=inputs@0", "--out", "a", "--quiet")
+    assert done.exit_code == 3
+    assert done.stderr.rstrip().endswith("No checkpoint had been written.")
+    assert train("--steps", 2, "--out", "a", "--quiet").exit_code == 0
 
 
 def damage(folder):

@@ -137,7 +137,9 @@ def test_chunks_beside_a_momentum_guide_do_not_change_the_result():
     assert apart(*twice(parts, whole)) <= ROUNDING
 
 
-@pytest.mark.parametrize("build", [probes.network, probes.convolution, probes.normalised, probes.tied, probes.dropout, probes.quadratic], ids=lambda build: build.__name__)
+@pytest.mark.parametrize(
+    "build", [probes.network, probes.convolution, probes.normalised, probes.tied, probes.dropout, probes.quadratic], ids=lambda build: build.__name__
+)
 @pytest.mark.parametrize("guess", ["random", "local"])
 def test_replay_gives_what_store_gives(build, guess):
     if guess == "local" and build in {probes.tied, probes.quadratic}:
@@ -259,6 +261,57 @@ def test_a_loss_that_mixes_examples_is_still_estimated_without_bias():
     bench = network_bench(with_loss(contrastive), tangents=16)
     exact = bench.exact()
     hold_mean(samples(bench, exact, 100), bench.flat(exact, exact), "contrastive", [value.numel() for value in exact.values()])
+
+
+def test_a_loss_that_mixes_examples_refuses_local_guesses():
+    with pytest.raises(CapabilityError, match="sees the batch as a whole"):
+        network_bench(with_loss(contrastive), guess="local").estimate()
+
+
+class Raw(nn.Module):
+    """A weight used by its layer and raw, and a parameter that belongs to no layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        return self.head(torch.tanh(self.second(h) + torch.einsum("nd,ed->ne", h, self.second.weight) * self.scale))
+
+
+@pytest.mark.parametrize("settings", [{}, {"memory": "replay"}, {"guess": "local"}, {"space": "weights", "rank": 1}], ids=str)
+def test_parameters_used_outside_layers_fall_back_to_weight_tangents_without_bias(settings):
+    bench = network_bench(probes.Probe(Raw, probes.data("network", 3), dtype=torch.float64), tangents=16, **settings)
+    exact = bench.exact()
+    hold_mean(samples(bench, exact, 50), bench.flat(exact, exact), "raw", [value.numel() for value in exact.values()])
+    if "space" not in settings:
+        assert int(bench.estimate().metrics["fallback_weight_tangents"]) == 2  # the weight and the scale
+
+
+class Tokens(nn.Module):
+    """Three classes for each of three tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(1, 4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.embed(x[..., None]))))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("space", ["weights", "activations"])
+def test_losses_of_tokens_are_estimated_without_bias(space, reduction):
+    def loss(outputs, targets):
+        value = F.cross_entropy(outputs.flatten(0, 1), targets.repeat_interleave(3), reduction=reduction)
+        return value.reshape(-1, 3) if reduction == "none" else value
+
+    bench = network_bench(probes.Probe(Tokens, probes.data("network", 3), loss=loss, dtype=torch.float64), space=space, tangents=16)
+    exact = bench.exact()
+    hold_mean(samples(bench, exact, 50), bench.flat(exact, exact), reduction, [value.numel() for value in exact.values()])
+    assert int(bench.estimate().metrics.get("coefficient_per_batch", torch.tensor(0))) == 0
 
 
 def test_batch_norm_in_training_gets_one_coefficient_a_batch_counted():

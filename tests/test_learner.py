@@ -11,10 +11,9 @@ from tolerances import tolerance
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import altgrad
 from altgrad import Key, Learner
 from altgrad.data import ResumableSampler
-from altgrad.errors import CapabilityError, CheckpointError, DataError, NumericsError, SettingError, ShapeError, UsageError
+from altgrad.errors import CheckpointError
 
 GENERATOR = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 4, generator=GENERATOR), torch.arange(12) % 3
@@ -47,6 +46,7 @@ def close(one, other):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:the optimizer was not built")
 def test_gradients_are_added_to_what_is_there(kind):
     model = net()
     once, twice = (learner_of(kind, model=copy.deepcopy(model)) for _ in range(2))
@@ -63,7 +63,7 @@ def test_backprop_fills_what_loss_backward_fills():
     report = learner.backward(X, Y)
     loss = F.cross_entropy(twin(X), Y)
     loss.backward()
-    assert float(report.loss) == pytest.approx(float(loss))
+    assert float(report.loss) == pytest.approx(loss.item())
     assert close(grads_of(learner), {name: p.grad for name, p in twin.named_parameters()})
 
 
@@ -96,6 +96,7 @@ def test_training_lowers_the_loss(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "backprop"])
+@pytest.mark.filterwarnings("ignore:the optimizer was not built")
 def test_every_backward_draws_other_noise(kind):
     learner = learner_of(kind)
     seen = []
@@ -135,18 +136,20 @@ def test_the_seed_decides_the_noise():
 def test_lbfgs_converges_with_a_closure(kind):
     model = nn.Linear(4, 1)
     target = X @ torch.tensor([1.0, -2.0, 0.5, 3.0]) + 0.5
-    learner = learner_of(kind, model=model, loss=lambda outputs, y: F.mse_loss(outputs[:, 0], y), **({"space": "weights", "tangents": 24} if kind == "forward" else {}))
+    learner = learner_of(
+        kind, model=model, loss=lambda outputs, y: F.mse_loss(outputs[:, 0], y), **({"space": "weights", "tangents": 24} if kind == "forward" else {})
+    )
     optimizer = torch.optim.LBFGS(learner.parameters(), lr=0.5 if kind == "forward" else 1.0, max_iter=5)
 
     def closure():
         optimizer.zero_grad()
         return learner.backward(X, target).loss
 
-    first = float(F.mse_loss(model(X)[:, 0], target))
+    first = F.mse_loss(model(X)[:, 0], target).item()
     for _ in range(20):
         with learner.frozen_noise():
             optimizer.step(closure)
-    assert float(F.mse_loss(model(X)[:, 0], target)) < 1e-3 * first
+    assert F.mse_loss(model(X)[:, 0], target).item() < 1e-3 * first
 
 
 DENSE = sorted(
@@ -330,7 +333,7 @@ def test_autocast_and_grad_scaler_train_as_with_autograd(kind):
     unscaled = grads_of(learner)
     scaler.step(optimizer)
     scaler.update()
-    assert float(report.loss) == pytest.approx(8 * float(F.cross_entropy(learner.model.requires_grad_()(X), Y)), rel=0.2)
+    assert float(report.loss) == pytest.approx(8 * F.cross_entropy(learner.model(X), Y).item(), rel=0.2)
     moved = [old - 0.1 * unscaled[name] for old, name in zip(before, unscaled, strict=True)]
     assert all(torch.allclose(new, expected) for new, expected in zip(learner.parameters(), moved, strict=True))
 
@@ -355,109 +358,3 @@ def test_metrics_of_a_backward_count_forwards():
     report = learner_of("forward", tangents=5).backward(X, Y)
     assert int(report.metrics["forwards"]) == 6
     assert int(report.metrics["backwards"]) == 0
-
-
-# -- trouble ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label", [3, -1])
-@pytest.mark.parametrize("kind", ["backprop", "forward"])
-def test_labels_out_of_range_are_refused_before_the_first_step(kind, label):
-    wrong = Y.clone()
-    wrong[2] = label
-    with pytest.raises(DataError, match=r"labels must be in \[0, 2\]"):
-        learner_of(kind).backward(X, wrong)
-
-
-def test_a_model_with_fewer_rows_than_examples_is_refused():
-    class First(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body = net()
-
-        def forward(self, x):
-            return self.body(x)[:5]
-
-    with pytest.raises(ShapeError, match=r"\(5, 3\) for 12 labels"):
-        learner_of(model=First()).backward(X, Y)
-
-
-def test_a_loss_that_is_no_tensor_is_refused():
-    with pytest.raises(ShapeError, match="float tensor"):
-        learner_of(loss=lambda outputs, y: 1.0).backward(X, Y)
-
-
-def test_a_loss_of_the_wrong_length_is_refused():
-    with pytest.raises(ShapeError, match=r"shape \(5,\) for a batch of 12"):
-        learner_of(loss=lambda outputs, y: F.cross_entropy(outputs[:5], y[:5], reduction="none")).backward(X, Y)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_nan_in_a_batch_names_engine_and_step_and_leaves_gradients_and_buffers(kind):
-    learner = learner_of(kind, model=nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)))
-    list(learner.parameters())
-    learner.backward(X, Y)
-    before = grads_of(learner)
-    buffers = {name: value.clone() for name, value in learner.model.named_buffers()}
-    poisoned = X.clone()
-    poisoned[3, 1] = float("nan")
-    with pytest.raises(NumericsError, match=rf"{learner.engine.name}, step 1"):
-        learner.backward(poisoned, Y)
-    assert same(before, grads_of(learner))
-    assert same(buffers, dict(learner.model.named_buffers()))
-
-
-def test_a_gradient_that_is_not_finite_is_named_and_nothing_is_written():
-    class Root(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.scale = nn.Linear(4, 3), nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            return self.first(x) + self.scale.sqrt()  # slope ∞ at 0
-
-    learner = learner_of(model=Root())
-    with pytest.raises(NumericsError, match="gradient of scale"):
-        learner.backward(X, Y)
-    assert grads_of(learner) == {}
-
-
-def test_an_unknown_engine_is_met_with_the_nearest():
-    with pytest.raises(UsageError, match="Did you mean 'forward'"):
-        Learner(net(), F.cross_entropy, engine="foward")
-
-
-def test_an_unknown_setting_is_met_with_the_nearest():
-    with pytest.raises(SettingError, match="Did you mean 'tangents'"):
-        Learner(net(), F.cross_entropy, tangent=3)
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"tangents": 0},
-        {"space": "outputs"},
-        {"noise": "uniform"},
-        {"space": "weights", "rank": 0},
-        {"rank": 1},
-        {"combine": "orthogonal"},
-        {"guess": "momentum"},
-        {"space": "weights", "memory": "replay"},
-        {"space": "weights", "guess": "local"},
-        {"space": "weights", "rescale": True},
-        {"chunk": 0},
-        {"decay": 1.0},
-    ],
-    ids=str,
-)
-def test_a_setting_out_of_range_is_refused(settings):
-    with pytest.raises(SettingError, match="not allowed"):
-        learner_of("forward", **settings)
-
-
-def test_an_engine_that_needs_more_than_a_model_and_a_loss_is_refused_with_what_fits():
-    class Energetic(altgrad.Engine):
-        needs = altgrad.Needs.ENERGY
-
-    with pytest.raises(CapabilityError, match="use one of: backprop, forward"):
-        Learner(net(), F.cross_entropy, engine=Energetic())

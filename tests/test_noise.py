@@ -98,8 +98,9 @@ def test_compiled_normals_run_the_compiled_block(monkeypatch):
     blocks = dict(noise._compiler.blocks)
     monkeypatch.setattr(noise._compiler, "blocks", {size: lambda *args, size=size: calls.append(size) or blocks[size](*args) for size in blocks})
     normal(KEY, 1, range(16), (256,), compiled=True)
-    normal(KEY, 1, range(1), (100_000,), compiled=True)
-    assert calls == [1024, 8192, 8192, 8192, 8192]
+    normal(KEY, 1, range(1), (36_000,), compiled=True)
+    normal(KEY, 1, range(1), (140_000,), compiled=True)
+    assert calls == [1024, 8192, 8192, 32768, 32768]
 
 
 def test_a_failed_compilation_is_warned_of_once_counted_and_drawn_eagerly(monkeypatch):
@@ -194,11 +195,11 @@ class PeakBytes(TorchDispatchMode):
         self.now -= self.live.pop(name)
 
 
-@pytest.mark.parametrize(("law", "compiled"), [("normal", False), ("normal", True), ("sign", False)])
-def test_temporaries_of_a_draw_stay_under_four_tenths_of_a_mebibyte(law, compiled):
+@pytest.mark.parametrize(("law", "compiled", "limit"), [("normal", False, 0.4), ("normal", True, 1.01), ("sign", False, 0.4)])
+def test_temporaries_of_a_draw_stay_small(law, compiled, limit):
     with PeakBytes() as memory:
         drawn = noise.draw(law, KEY, 1, [0], (512 * 256,), compiled=compiled)
-    assert 0 < memory.peak - drawn.nbytes < 0.4 * 2**20
+    assert 0 < memory.peak - drawn.nbytes < limit * 2**20
 
 
 @pytest.mark.parametrize(("mode", "asked", "context", "runs"), [

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -125,7 +126,68 @@ def test_parameters_that_the_update_made_infinite_are_never_saved(tmp_path):
     training = start(lr=1e38, save_every=1, engine_settings={"sigma": 1e5})
     with pytest.raises(errors.NumericsError, match="parameter 'weight' is no longer finite after the update of step 0"):
         trainer.fit(training, run_folder=tmp_path / "run")
-    assert checkpoint.available(tmp_path / "run" / "checkpoints") == []
+    assert list(tmp_path.rglob("*.safetensors")) == []
+
+
+def test_a_run_that_diverges_at_once_leaves_nothing_and_claims_no_checkpoint(tmp_path):
+    with pytest.raises(errors.NumericsError, match=r"No checkpoint had been written\.$"):
+        trainer.fit(start(engine_settings={"blow_up": "bias@0"}), run_folder=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_diverges_before_its_first_checkpoint_keeps_its_rows_and_frees_its_name(tmp_path):
+    for number in (1, 2):
+        with pytest.raises(errors.NumericsError, match=rf"No checkpoint had been written; what was logged is in .*run\.failed-{number}\.$"):
+            trainer.fit(start(engine_settings={"blow_up": "bias@3"}), run_folder=tmp_path / "run")
+        assert len(rows(tmp_path / f"run.failed-{number}")) == 3
+    trainer.fit(start(), run_folder=tmp_path / "run")
+
+
+def test_a_withdrawn_run_leaves_an_empty_folder_that_was_there(tmp_path):
+    with pytest.raises(errors.NumericsError):
+        trainer.fit(start(engine_settings={"blow_up": "bias@0"}), run_folder=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_withdrawn_run_leaves_somebody_elses_files_where_they_are(tmp_path):
+    def leave(training, row):
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+
+    with pytest.raises(errors.NumericsError, match=r"what was logged is in .*run\.$"):
+        trainer.fit(start(engine_settings={"blow_up": "bias@3"}), run_folder=tmp_path / "run", on_step=leave)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+    assert len(rows(tmp_path / "run")) == 3
+
+
+def test_a_resumed_run_that_diverges_without_a_checkpoint_stays_where_it_is(tmp_path):
+    trainer.fit(start(steps=3), run_folder=tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["settings"]["engine_settings"]["blow_up"] = "bias@0"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(errors.NumericsError, match=r"No checkpoint had been written; what was logged is in .*run\.$"):
+        trainer.fit(trainer.resume(tmp_path / "run"))
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_error_in_the_first_step_leaves_nothing(tmp_path, monkeypatch):
+    def broken(self, *arguments):
+        raise RuntimeError("boom")
+
+    training = start()
+    monkeypatch.setattr(type(training.engine), "estimate", broken)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(training, run_folder=tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_later_step_keeps_the_run_to_be_resumed(tmp_path):
+    def broken(training, row):
+        raise RuntimeError("boom")
+
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer.fit(start(), run_folder=tmp_path / "run", on_step=broken)
+    assert trainer.fit(trainer.resume(tmp_path / "run")).steps == 10
 
 
 def test_an_optimizer_whose_state_only_a_pickle_could_hold_is_refused_at_the_first_step(tmp_path):

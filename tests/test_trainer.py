@@ -65,13 +65,13 @@ def test_a_parameter_left_out_after_it_was_given_is_not_moved_by_the_old_gradien
 
 
 class Doubling(World):
-    """A stand-in for several ranks: the mean over them is twice what this one has."""
+    """A stand-in for two ranks: the mean over them is twice what this one has."""
 
-    def mean(self, tensor):
+    def shares(self, weight, *, device="cpu"):
+        return [0.5, 0.5]
+
+    def mean(self, tensor, *, shares=None):
         return tensor * 2
-
-    def mean_tree(self, tree):
-        return {name: self.mean(tensor) for name, tensor in tree.items()}
 
 
 @pytest.mark.parametrize(("split", "factor"), [(Split.DATA, 2), (Split.POPULATION, 1)], ids=["data", "population"])
@@ -79,7 +79,7 @@ def test_ranks_average_what_they_divide(monkeypatch, split, factor):
     monkeypatch.setattr(toys.Noisy, "split", split)
     training = start()
     expected = estimate_of(training)
-    training.world = Doubling()
+    training.world = Doubling(size=2)
     loss = trainer.step(training)["loss"]
     assert torch.equal(training.params["weight"].grad, factor * expected.grads["weight"])
     assert torch.equal(loss, factor * expected.loss)

@@ -12,12 +12,12 @@ TABLE = {
     "rounding64": Tolerance(1e-9, "float64 keeps 16 digits; a few hundred additions in another order lose three or four"),
     "rounding32": Tolerance(1e-5, "float32 keeps 7 digits; a few dozen additions in another order lose one or two"),
     "oracle64": Tolerance(1e-6, "a d x d linear system is solved in float64: digits are lost to its condition number, up to 1e6 here"),
-    "closed_form": Tolerance(0.10, "relative variance over 2,000 fixed draws of K = 4: its own standard error is about 3 %"),
+    "closed_form": Tolerance(0.10, "relative variance over 2,560 fixed directions or more: its own standard error is √(2 / 2,560), about 3 %"),
     "low_rank": Tolerance(
         0.03,
         "rank 1 against the closed form at d = 400: the excess kurtosis of products costs O(1/rows), and 40,000 fixed draws have a standard error below 1 %",
     ),
-    "cosine": Tolerance(0.05, "the mean over 300 fixed keys; √(K/(K+d+1)) itself is a first-order formula, off by O(1/d)"),
+    "cosine": Tolerance(0.05, "the mean over 100 fixed keys, whose standard error is 1 %; √(K/(K+d+1)) itself is a first-order formula, off by O(1/d)"),
     "standard_errors": Tolerance(4.0, "one honest test in 16,000 would fail; keys are fixed, so a pass stays a pass"),
 }
 

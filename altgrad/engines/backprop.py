@@ -1,5 +1,6 @@
 r"""The reference: ĝ = ∇f by reverse mode, with activation checkpointing and gradient accumulation as settings."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -65,11 +66,11 @@ class Backprop(Engine):
         losses = []
         parts = list(cut(batch, self.accumulation, problem.batch_size_of(batch)))
         with torch.enable_grad():
-            for index, (part, weight) in enumerate(parts):
-                with AddressedSamplers(key.fold("samplers", index) if index else key.fold("samplers")), self.stages(problem):
+            for part, weight in parts:
+                with AddressedSamplers(key.fold("samplers"), first=part.first, examples=problem.batch_size_of(part)), self.stages(problem):
                     loss = problem.loss(leaves, part, buffers) * weight
-                    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
-                total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, grads, strict=True)]
+                    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+                total = [new if old is None else old if new is None else old.add_(new) for old, new in zip(total, found, strict=True)]
                 losses.append(loss.detach())
         # Counted in passes over the whole batch: the parts of an accumulated step add up to one.
         metrics = {"forwards": torch.tensor(2 if self.checkpointing else 1), "backwards": torch.tensor(1)}
@@ -83,33 +84,57 @@ class Backprop(Engine):
             yield
             return
         model = getattr(problem, "model", None)
-        stages = find_stages(model) if isinstance(model, nn.Module) else []
-        if not stages:
+        holder = find_holder(model) if isinstance(model, nn.Module) else None
+        if holder is None:
             raise CapabilityError("checkpointing=True needs a model with an nn.Sequential or nn.ModuleList of two or more stages; none was found.")
-        for position, stage in enumerate(stages):
-            object.__setattr__(stage, "forward", recomputed_forward(stage, stage.forward, position))
+        # A Sequential is cut into about √n runs of children (Chen et al. 2016); a list's members are called by the model, one by one.
+        patched = [holder] if isinstance(holder, nn.Sequential) else list(holder)
+        for position, module in enumerate(patched):
+            run = in_segments(module) if isinstance(module, nn.Sequential) and module is holder else again(module, module.forward, position)
+            object.__setattr__(module, "forward", run)
         try:
             yield
         finally:
-            for stage in stages:
-                object.__delattr__(stage, "forward")
+            for module in patched:
+                object.__delattr__(module, "forward")
 
 
-def recomputed_forward(stage: nn.Module, forward: Callable[..., Any], position: int) -> Callable[..., Any]:
+def in_segments(holder: nn.Sequential) -> Callable[[Any], Any]:
+    """The forward of a Sequential, segment by segment under checkpoint."""
+    children = list(holder)
+    length = round(len(children) / max(1, round(len(children) ** 0.5)))
+
+    def segment(start: int) -> Callable[[Any], Any]:
+        def run(x: Any) -> Any:
+            for child in children[start : start + length]:
+                x = child(x)
+            return x
+
+        return run
+
+    def forward(input: Any) -> Any:  # the name nn.Sequential gives it, which callers may use
+        for start in range(0, len(children), length):
+            input = again(holder, segment(start), start)(input)
+        return input
+
+    return forward
+
+
+def again(module: nn.Module, forward: Callable[..., Any], position: int) -> Callable[..., Any]:
     """`forward` under checkpoint, with the parameters and the random draws of the first run in the second one too."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        values = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}  # what functional_call swapped in
-        outer = ACTIVE[-1].key
+        values = {**dict(module.named_parameters()), **dict(module.named_buffers())}  # what functional_call swapped in
+        outer = ACTIVE[-1]
         rerun = False
 
         def inner(*inner_args: Any) -> Any:
             nonlocal rerun
             # The second run must not move the running statistics again.
-            held = {name: value.clone() for name, value in stage.named_buffers()} if rerun else {}
+            held = {name: value.clone() for name, value in module.named_buffers()} if rerun else {}
             current = {**values, **held}
             rerun = True
-            with AddressedSamplers(outer.fold("stage", position)), swapped(stage, current):
+            with AddressedSamplers(outer.key.fold("stage", position), first=outer.first, examples=outer.examples), swapped(module, current):
                 return forward(*inner_args, **kwargs)
 
         return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False)
@@ -118,18 +143,16 @@ def recomputed_forward(stage: nn.Module, forward: Callable[..., Any], position: 
 
 
 @contextmanager
-def swapped(stage: nn.Module, values: Tree) -> Iterator[None]:
-    """The stage with other tensors in place of its parameters and buffers."""
-    with torch.nn.utils.stateless._reparametrize_module(stage, values):
+def swapped(module: nn.Module, values: Tree) -> Iterator[None]:
+    """The module with other tensors in place of its parameters and buffers."""
+    with torch.nn.utils.stateless._reparametrize_module(module, values):
         yield
 
 
-def find_stages(model: nn.Module) -> list[nn.Module]:
-    """The members of the longest nn.Sequential or nn.ModuleList, those with no output of their own (activations) joined to nothing."""
+def find_holder(model: nn.Module) -> nn.Sequential | nn.ModuleList | None:
+    """The longest nn.Sequential or nn.ModuleList, whose members are the stages."""
     holders = [module for module in model.modules() if isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module) > 1]
-    if not holders:
-        return []
-    return [stage for stage in max(holders, key=len) if any(True for _ in stage.children()) or any(True for _ in stage.parameters())]
+    return max(holders, key=len) if holders else None
 
 
 def cut(batch: Batch, parts: int, count: int) -> Iterator[tuple[Batch, float]]:
@@ -139,7 +162,7 @@ def cut(batch: Batch, parts: int, count: int) -> Iterator[tuple[Batch, float]]:
         return
     parts = min(parts, count)
     edges = [count * i // parts for i in range(parts + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in itertools.pairwise(edges):
 
         def run(leaf: Any, start: int = start, stop: int = stop) -> Any:
             return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == count else leaf

@@ -101,7 +101,9 @@ class Forward(Engine):
         weights = [(name, p) for name, p in problem.params().items() if p.ndim >= 2]
         classes = problem.classes or (weights[-1][1].shape[0] if weights else 0)
         if len(weights) < 2 or weights[-1][1].shape[0] != classes:
-            raise CapabilityError("guess='local' needs at least two parametric layers, the last of which gives the model's [N, classes] output; use guess='random'.")
+            raise CapabilityError(
+                "guess='local' needs at least two parametric layers, the last of which gives the model's [N, classes] output; use guess='random'."
+            )
         heads = {}
         for name, weight in weights[:-1]:
             drawn = Dense(key.fold("guess"), PREFIX + name, weight.new_empty(classes, weight.shape[0]), [0], "normal")
@@ -134,13 +136,14 @@ class Forward(Engine):
         slopes: list[Tensor] = []
         drawn: list[dict[str, Any]] = []
         notes = Notes()
+        examples = problem.batch_size_of(batch)
         for number, members in enumerate(self.chunks()):
             lead = number == 0 and self.guess == "momentum"
             moves = self.moves(params, state, members, key, lead=lead)
             trace = Trace(len(members) + lead)
             duals: Tree = {name: Dual(value, None, trace, moves[name]) for name, value in params.items()}
             fresh = problem.fresh_buffers()
-            with AddressedSamplers(key.fold("samplers")), following_custom_functions():
+            with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
                 value = problem.loss(duals, batch, fresh)
             if loss is None:
                 loss, buffers = primal_of(value).detach(), fresh
@@ -206,10 +209,19 @@ class Forward(Engine):
         for number, members in enumerate(self.chunks()):
             guide = self.guide(problem, weights, heads, batch, examples)
             trace = ActivityTrace(
-                key, members, law=self.noise, examples=examples, first=batch.first, store=self.memory == "store", guide=guide, lead=number == 0, scale=self.tangents
+                key,
+                members,
+                law=self.noise,
+                examples=examples,
+                first=batch.first,
+                store=self.memory == "store",
+                guide=guide,
+                lead=number == 0,
+                scale=self.tangents,
+                grads=grads,
             )
             fresh = problem.fresh_buffers()
-            with AddressedSamplers(key.fold("samplers")), following_custom_functions():
+            with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
                 value = problem.losses(trace.parameters(weights), batch, fresh)
             if loss is None:
                 loss, buffers = primal_of(value).detach().mean(), fresh
@@ -217,10 +229,9 @@ class Forward(Engine):
             del value
             if self.memory == "replay":
                 trace.begin_replay()
-                with AddressedSamplers(key.fold("samplers")), following_custom_functions():
+                with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
                     problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
-            for name, grad in trace.gradients().items():
-                grads[name] = grads[name] + grad if name in grads else grad
+            trace.gradients()
             if guide is not None:
                 grads.update({name: grad.to(heads[name].dtype) for name, grad in guide.grads.items()})
             notes.add(trace)
@@ -237,11 +248,14 @@ class Forward(Engine):
 
         def score(logits: Tensor) -> Tensor:
             try:
-                return problem.score(logits, batch.targets)
-            except (IndexError, KeyError, TypeError, AttributeError) as error:
+                each = problem.score(logits, batch.targets)
+            except (IndexError, KeyError, TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
                 raise CapabilityError(
-                    f"guess='local' hands the loss a layer's [N, classes] tensor in place of the model's outputs, which it does not take ({error}); use guess='random'."
+                    f"guess='local' hands the loss a layer's [N, classes] tensor for the model's outputs, which it does not take ({error}); use guess='random'."
                 ) from error
+            if each.shape[0] != examples:
+                raise CapabilityError("guess='local' needs a loss that is a mean of the examples' own; this one sees the batch as a whole. Use guess='random'.")
+            return each
 
         return Guide({name.removeprefix(PREFIX): head for name, head in heads.items()}, last, score, examples)
 
@@ -256,10 +270,11 @@ class Combined(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        parts = [moves[name].combine(c) for moves, c in zip(self.drawn, self.coefficients, strict=True)]
-        result = parts[0]
-        for part in parts[1:]:
-            result = result + part
+        pairs = iter(zip(self.drawn, self.coefficients, strict=True))
+        first, coefficients = next(pairs)
+        result = first[name].combine(coefficients)
+        for moves, coefficients in pairs:
+            result += moves[name].combine(coefficients)
         return result
 
     def __iter__(self) -> Iterator[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from altgrad.errors import CapabilityError
 from altgrad.forward_mode.dual import Dual, Trace
 from altgrad.forward_mode.guide import Guide
-from altgrad.kernels import noise
+from altgrad.kernels import noise, scratch
 from altgrad.perturb import Dense
 from altgrad.rng import Key, tensor_id
 
@@ -58,17 +58,40 @@ class ActivityTrace(Trace):
         guide: unit directions at guided sites, which random ones keep clear of; None for random directions alone.
         lead: measure the guides too, one extra tangent each (in the first of several passes only).
         scale: the divisor of the random part, K over all passes.
+        grads: where the gradients are added up, by parameter name.
     """
 
-    def __init__(self, key: Key, draws: Sequence[int], *, law: str, examples: int, first: int, store: bool, guide: Guide | None, lead: bool = True, scale: int):
+    def __init__(
+        self,
+        key: Key,
+        draws: Sequence[int],
+        *,
+        law: str,
+        examples: int,
+        first: int,
+        store: bool,
+        guide: Guide | None,
+        lead: bool = True,
+        scale: int,
+        grads: dict[str, Tensor] | None = None,
+    ):
         self.guides = guide.count if guide and lead else 0
         super().__init__(len(draws) + self.guides)
-        self.key, self.draws, self.law, self.examples, self.first, self.store, self.guide, self.scale = key, draws, law, examples, first, store, guide, max(1, scale)
+        self.key, self.draws, self.law, self.examples, self.first, self.store, self.guide, self.scale = (
+            key,
+            draws,
+            law,
+            examples,
+            first,
+            store,
+            guide,
+            max(1, scale),
+        )
         self.calls: Counter[str] = Counter()
         self.records: list[tuple[list[str | None], Local, Tensor, Tensor | None, int]] = []
         self.weights: dict[str, Dense] = {}  # parameters that fell back to weight tangents
         self.moved: Tensor | None = None  # [K (+ guides), N] or [K (+ guides), 1]: the measured derivatives
-        self.grads: dict[str, Tensor] = {}
+        self.grads: dict[str, Tensor] = {} if grads is None else grads
         self.dtypes: dict[str, torch.dtype] = {}
         self.by_batch = 0  # sites whose rows are not examples: one coefficient a batch
 
@@ -77,9 +100,11 @@ class ActivityTrace(Trace):
         self.dtypes = {name: value.dtype for name, value in params.items()}
         return {name: Dual(value, None, self, SiteParameter(self, name, value)) for name, value in params.items()}
 
-    @property
-    def keeps_noise(self) -> bool:  # type: ignore[override]
-        return self.store or self.guide is not None
+    def base(self, drawn: Tensor) -> Tensor | None:
+        if self.guide is not None:
+            return None
+        # A record needs its noise as it was drawn, so the sum grows in a copy: the same additions as without a record, the same bits.
+        return scratch.empty(drawn.shape, drawn.dtype, drawn.device).copy_(drawn) if self.store and not self.plain else drawn
 
     def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         if torch.is_autocast_enabled(like.device.type):
@@ -114,10 +139,11 @@ class ActivityTrace(Trace):
             self.records.append(([first, second], local, drawn, unit, slot))
         if not self.guides:
             if included:
-                return drawn
-            if tangent is None:
-                return drawn.clone() if self.store else drawn  # a clone: an in-place activation must not write into the record
-            return tangent.add_(drawn) if self.store else drawn.add_(tangent)
+                return tangent
+            start = self.base(drawn)
+            assert start is not None or self.guide is not None
+            start = drawn.clone() if start is None else start  # never the record's own: an in-place activation may write into it
+            return start if tangent is None else start.add_(tangent)
         tangent = output.new_zeros(self.members, *output.shape) if tangent is None else tangent
         tangent[: len(self.draws)] += drawn
         if unit is not None:
@@ -126,7 +152,9 @@ class ActivityTrace(Trace):
 
     def turned(self, unit: Tensor) -> Tensor:
         """±unit, a sign an example: where examples mix, one coefficient for the batch is unbiased only so; elsewhere the sign cancels."""
-        signs = noise.draw("sign", self.key, tensor_id("guide signs"), [0], torch.Size((self.examples,)), start=self.first, dtype=unit.dtype, device=unit.device)
+        signs = noise.draw(
+            "sign", self.key, tensor_id("guide signs"), [0], torch.Size((self.examples,)), start=self.first, dtype=unit.dtype, device=unit.device
+        )
         return unit * signs.reshape(-1, *(1 for _ in unit.shape[1:]))
 
     def collect(self, owners: list[str | None], local: Local, drawn: Tensor, unit: Tensor | None, slot: int) -> None:
@@ -154,8 +182,8 @@ class ActivityTrace(Trace):
         """Take the measured derivatives of the losses, [K (+ guides), N]."""
         self.moved = moved
 
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradients by parameter name, once every site is collected (now, from the records, or by a replay)."""
+    def gradients(self) -> None:
+        """Complete `grads`: collect the recorded sites (a replay has none), and add what fell back to weight tangents."""
         for record in self.records:
             self.collect(*record)
         self.records = []
@@ -163,8 +191,7 @@ class ActivityTrace(Trace):
         total = (self.moved.mean(1)[: len(self.draws)] / self.scale).float()
         for name, drawn in self.weights.items():
             fallen = drawn.combine(total)
-            self.grads[name] = self.grads[name] + fallen if name in self.grads else fallen
-        return self.grads
+            self.grads[name] = self.grads[name].add_(fallen) if name in self.grads else fallen
 
     def begin_replay(self) -> None:
         """From here on, layers run plainly and add their gradients as they pass."""

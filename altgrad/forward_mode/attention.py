@@ -88,9 +88,9 @@ def cut(parameter: Any, blocks: list[slice]) -> list[Any]:
     if not isinstance(parameter, Dual):
         return [parameter[block] for block in blocks]
     if isinstance(parameter.source, LowRank):
-        return [Dual(parameter.primal[block], None, parameter.trace, Rows(parameter.source, block)) for block in blocks]
+        return [Dual(parameter.primal[block], None, parameter.taken_on, Rows(parameter.source, block)) for block in blocks]
     moves = parameter.tangent
-    return [Dual(parameter.primal[block], moves[:, block], parameter.trace) for block in blocks]
+    return [Dual(parameter.primal[block], moves[:, block], parameter.taken_on) for block in blocks]
 
 
 def project_site(trace: Trace, x: Any, weight: Any, bias: Any, block: slice) -> Any:

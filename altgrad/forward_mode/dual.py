@@ -35,14 +35,25 @@ class Trace:
         self.mixes_examples: list[str] = []  # layers that computed with statistics over the batch
         self.plain = False  # a replay: nothing but the layers' own perturbations matters, tangents do not flow
 
-    keeps_noise = False  # the noise of a site is wanted again after the pass
-
     def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """The noise of the site that comes next, drawn before its output exists; None where that cannot be known yet."""
         return None
 
+    def base(self, drawn: Tensor) -> Tensor | None:
+        """A tensor that holds a site's noise and may be added to; None where the noise is not simply added."""
+        return None
+
     def site(
-        self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Callable[[Tensor], list[Tensor | None]], *, channel: int, drawn: Tensor | None = None, included: bool = False
+        self,
+        weight: Any,
+        bias: Any,
+        output: Tensor,
+        tangent: Tensor | None,
+        local: Callable[[Tensor], list[Tensor | None]],
+        *,
+        channel: int,
+        drawn: Tensor | None = None,
+        included: bool = False,
     ) -> Tensor | None:
         """Where a parametric layer's output may be perturbed; plain traces leave the tangent alone."""
         return tangent
@@ -52,14 +63,14 @@ class Dual(torch.Tensor):
     """A tensor that carries tangents [K, *shape] through every torch function that meets it."""
 
     primal: Tensor
-    trace: Trace
+    taken_on: Trace  # (`trace` is a tensor's own method)
     source: Any
     _tangent: Tensor | None
 
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: Tensor | None, trace: Trace, source: Any = None) -> "Dual":
         self = torch.Tensor._make_wrapper_subclass(cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device)
-        self.primal, self._tangent, self.trace, self.source = primal, tangent, trace, source
+        self.primal, self._tangent, self.taken_on, self.source = primal, tangent, trace, source
         return self
 
     @property
@@ -72,11 +83,11 @@ class Dual(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise CapabilityError(f"a tensor with tangents reached {func} without passing a torch function; its tangent would be lost.")
 
-    def __repr__(self, **_: Any) -> str:
-        return f"Dual({self.primal!r}, members={self.trace.members})"
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Dual({self.primal!r}, members={self.taken_on.members})"
 
 
 def primal_of(value: Any) -> Any:
@@ -96,7 +107,7 @@ def strip(tree: Any) -> Any:
 
 def find_trace(args: Any, kwargs: Any) -> Trace:
     """The trace of the first Dual among the arguments."""
-    return next(leaf.trace for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Dual))
+    return next(leaf.taken_on for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Dual))
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
@@ -132,7 +143,7 @@ def run_plain(func: Any, args: Any, kwargs: Any) -> Any:
 def read_property(func: Any, args: Any, kwargs: Any) -> Any:
     """Attributes: sizes and dtypes are the primal's; views such as `.T` keep their tangents."""
     value = run_plain(func, args, kwargs)
-    if not isinstance(value, Tensor) or func == torch.Tensor.data.__get__ or func == torch.Tensor.grad.__get__:  # type: ignore[attr-defined]
+    if not isinstance(value, Tensor) or label(func) in {"data", "grad"}:
         return value
     from altgrad.forward_mode.ladder import lift
 
@@ -157,7 +168,7 @@ def in_place(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         outer = OUT_OF_PLACE.get(name) or getattr(torch.Tensor, name[:-1], None) or getattr(torch, name[:-1], None)
         if outer is None:
             raise CapabilityError(f"the in-place function {name} has no out-of-place form to differentiate; use one that has.")
-        result = outer(*args, **kwargs)
+        result = outer(*args, **kwargs)  # type: ignore[operator]
     if not isinstance(target, Dual):
         if name.startswith("__i"):
             return result  # `x += dual` rebinds x, so a new tensor serves
@@ -185,7 +196,7 @@ def written(target: Any, index: Any, value: Any) -> Any:
         base[index] = new
         return base
 
-    return lift(target.trace, put, (target, value), {})
+    return lift(target.taken_on, put, (target, value), {})
 
 
 def apply(function: Callable[..., Any], *args: Any) -> Any:
@@ -214,10 +225,13 @@ OUT_OF_PLACE = {
 
 # Functions of the primal alone: sizes, comparisons, indices, and detach (whose tangent autograd also drops).
 CONSTANT = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous data_ptr get_device __len__ __bool__ "
-    "item tolist __float__ __int__ __index__ __contains__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ argmax argmin argsort isnan isinf isfinite "
-    "detach equal allclose new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like rand_like randn_like randint_like "
-    "nonzero any all logical_not logical_and logical_or sign sgn round floor ceil bool int long short byte type_as_index numpy is_nonzero result_type __hash__ "
-    "__dir__ __format__ __repr__ __str__ is_same_size is_signed bernoulli multinomial searchsorted bucketize one_hot is_cuda is_sparse is_quantized requires_grad_ "
-    "register_hook retain_grad isclose histc bincount count_nonzero isin is_pinned is_inference broadcast_shapes can_cast __array__".split()
+    """
+    size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous data_ptr get_device __len__
+    __bool__ item tolist __float__ __int__ __index__ __contains__ eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__ argmax argmin
+    argsort isnan isinf isfinite detach equal allclose new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like
+    full_like rand_like randn_like randint_like nonzero any all logical_not logical_and logical_or sign sgn round floor ceil bool int long short
+    byte numpy is_nonzero result_type __hash__ __dir__ __format__ __repr__ __str__ is_signed bernoulli multinomial searchsorted bucketize
+    one_hot is_cuda is_sparse is_quantized requires_grad_ register_hook retain_grad isclose histc bincount count_nonzero isin is_pinned
+    is_inference can_cast __array__
+    """.split()
 )

@@ -77,7 +77,7 @@ def native(call: Call, tangents: list[Tensor]) -> tuple[list[Tensor], list[Tenso
     def push(*moves: Tensor) -> Any:
         return torch.func.jvp(call, tuple(call.primals), moves, has_aux=True)
 
-    values, moved, call.still = torch.func.vmap(push, in_dims=0, out_dims=(None, 0, None))(*tangents)
+    values, moved, call.still = torch.func.vmap(push, in_dims=0, out_dims=(None, 0, None))(*tangents)  # type: ignore[arg-type]
     return list(values), list(moved)
 
 

@@ -31,7 +31,16 @@ def has_tangents(value: Any) -> bool:
 
 
 def finish(
-    trace: Trace, weight: Any, bias: Any, value: Tensor, tangent: Tensor | None, local: Local, *, channel: int, drawn: Tensor | None = None, included: bool = False
+    trace: Trace,
+    weight: Any,
+    bias: Any,
+    value: Tensor,
+    tangent: Tensor | None,
+    local: Local,
+    *,
+    channel: int,
+    drawn: Tensor | None = None,
+    included: bool = False,
 ) -> Any:
     """The layer's output: perturbed if one of its parameters is a site, with tangents if there are any.
 
@@ -58,13 +67,15 @@ def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
     shift = bias.tangent if has_tangents(bias) else None
     value = F.linear(px, pw, primal_of(bias))
     tangent = None
-    if isinstance(x, Dual):
-        included = drawn is not None and not trace.keeps_noise and drawn.dtype == pw.dtype == x.dtype
-        if included:
-            assert drawn is not None
-            drawn.view(-1, pw.shape[0]).addmm_(x.tangent.reshape(-1, pw.shape[1]), pw.T)
+    if isinstance(x, Dual) and not trace.plain:
+        fits = drawn is not None and drawn.dtype == pw.dtype == x.dtype
+        start = trace.base(drawn) if fits and drawn is not None else None
         # One product over all rows of all members; F.linear would run K small ones.
-        tangent = drawn if included else product(x.tangent.reshape(-1, pw.shape[1]), pw).view(-1, *value.shape)  # [K, ..., out]
+        if start is None:
+            tangent = product(x.tangent.reshape(-1, pw.shape[1]), pw).view(-1, *value.shape)  # [K, ..., out]
+        else:
+            start.view(-1, pw.shape[0]).addmm_(x.tangent.reshape(-1, pw.shape[1]), pw.T)
+            tangent, included = start, True
     if has_tangents(weight):
         tangent = moved_by_weight(px, weight, moves, tangent)
     if shift is not None:
@@ -129,7 +140,9 @@ def fold(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
 
 
 def convolution(func: Any, axes: int) -> Callable[..., Any]:
-    def apply_convolution(trace: Trace, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1) -> Any:
+    def apply_convolution(
+        trace: Trace, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    ) -> Any:
         if primal_of(input).ndim == axes + 1:  # one example without a batch axis
             lifted = input.unsqueeze(0)
             return RULE(trace, lifted, weight, bias, stride, padding, dilation, groups).squeeze(0)
@@ -174,7 +187,9 @@ def add_bias(bias: Any, value: Tensor, tangent: Tensor | None, axes: int) -> Ten
     return moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent + moved
 
 
-def kernel_gradient(x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False) -> Local:
+def kernel_gradient(
+    x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False
+) -> Local:
     """δ -> (∂W, ∂b): the correlation of the layer's input with δ."""
 
     def local(delta: Tensor) -> list[Tensor | None]:
@@ -199,7 +214,9 @@ def pad_same(x: Any, w: Tensor, stride: Any, dilation: Any, axes: int, mode: str
 
 
 def transposed_convolution(func: Any, axes: int) -> Callable[..., Any]:
-    def apply_transposed(trace: Trace, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:
+    def apply_transposed(
+        trace: Trace, input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1
+    ) -> Any:
         x, w = primal_of(input), primal_of(weight)
         value = func(x, w, primal_of(bias), stride, padding, output_padding, groups, dilation)
 
@@ -217,14 +234,23 @@ def transposed_convolution(func: Any, axes: int) -> Callable[..., Any]:
     return apply_transposed
 
 
-for function, count in CONVOLUTIONS.items():
-    rule(function, layer=True)(convolution(function, count))
-for function, count in TRANSPOSED.items():
-    rule(function, layer=True)(transposed_convolution(function, count))
+for plain, count in CONVOLUTIONS.items():
+    rule(plain, layer=True)(convolution(plain, count))
+for turned, count in TRANSPOSED.items():
+    rule(turned, layer=True)(transposed_convolution(turned, count))
 
 
 @rule(F.embedding, layer=True)
-def embedding(trace: Trace, input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, norm_type: float = 2.0, scale_grad_by_freq: bool = False, sparse: bool = False) -> Any:
+def embedding(
+    trace: Trace,
+    input: Tensor,
+    weight: Any,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
     """y = W[index]; the padding row has no derivative, as in autograd."""
     if max_norm is not None:
         return lift(trace, F.embedding, (input, weight, padding_idx, max_norm, norm_type), {})
@@ -256,7 +282,13 @@ def affine(trace: Trace, normed: Any, weight: Any, bias: Any, shape: tuple[int, 
 
     if not (is_site(weight) or is_site(bias)):
         result = normed if weight is None else mul(trace, normed, weight.reshape(shape))
-        return result if bias is None else add(trace, result, bias.reshape(shape)) if isinstance(bias, Dual) or isinstance(result, Dual) else result + bias.reshape(shape)
+        return (
+            result
+            if bias is None
+            else add(trace, result, bias.reshape(shape))
+            if isinstance(bias, Dual) or isinstance(result, Dual)
+            else result + bias.reshape(shape)
+        )
     x, gamma, beta = primal_of(normed), spread(weight), spread(bias)
     value = x if gamma is None else x * gamma
     value = value if beta is None else value + beta
@@ -277,24 +309,42 @@ def reduce_to(delta: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @rule(F.layer_norm, layer=True)
 def layer_norm(trace: Trace, input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    normed = F.layer_norm(input, normalized_shape, None, None, eps) if not isinstance(input, Dual) else lift(trace, F.layer_norm, (input, normalized_shape, None, None, eps), {})
+    normed = (
+        F.layer_norm(input, normalized_shape, None, None, eps)
+        if not isinstance(input, Dual)
+        else lift(trace, F.layer_norm, (input, normalized_shape, None, None, eps), {})
+    )
     return affine(trace, normed, weight, bias, tuple(normalized_shape), -1)
 
 
 @rule(F.rms_norm, layer=True)
 def rms_norm(trace: Trace, input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    normed = F.rms_norm(input, normalized_shape, None, eps) if not isinstance(input, Dual) else lift(trace, F.rms_norm, (input, normalized_shape, None, eps), {})
+    normed = (
+        F.rms_norm(input, normalized_shape, None, eps) if not isinstance(input, Dual) else lift(trace, F.rms_norm, (input, normalized_shape, None, eps), {})
+    )
     return affine(trace, normed, weight, None, tuple(normalized_shape), -1)
 
 
 @rule(F.group_norm, layer=True)
 def group_norm(trace: Trace, input: Any, num_groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-    normed = F.group_norm(input, num_groups, None, None, eps) if not isinstance(input, Dual) else lift(trace, F.group_norm, (input, num_groups, None, None, eps), {})
+    normed = (
+        F.group_norm(input, num_groups, None, None, eps) if not isinstance(input, Dual) else lift(trace, F.group_norm, (input, num_groups, None, None, eps), {})
+    )
     return affine(trace, normed, weight, bias, (1, -1, *(1 for _ in range(input.ndim - 2))), 1)
 
 
 @rule(F.instance_norm, layer=True)
-def instance_norm(trace: Trace, input: Any, running_mean: Any = None, running_var: Any = None, weight: Any = None, bias: Any = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5) -> Any:
+def instance_norm(
+    trace: Trace,
+    input: Any,
+    running_mean: Any = None,
+    running_var: Any = None,
+    weight: Any = None,
+    bias: Any = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
     run = (input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
     normed = lift(trace, F.instance_norm, run, {}) if isinstance(input, Dual) else F.instance_norm(*run)
     return affine(trace, normed, weight, bias, (1, -1, *(1 for _ in range(input.ndim - 2))), 1)

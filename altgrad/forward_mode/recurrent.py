@@ -81,7 +81,7 @@ def simple_step(activation: Callable[[Any], Any]) -> Cell:
 
 
 def trace_of(*values: Any) -> Trace | None:
-    return next((v.trace for v in values if isinstance(v, Dual)), None)
+    return next((v.taken_on for v in values if isinstance(v, Dual)), None)
 
 
 CELLS: dict[Any, Cell] = {torch.lstm: lstm_step, torch.gru: gru_step, torch.rnn_tanh: simple_step(torch.tanh), torch.rnn_relu: simple_step(torch.relu)}

@@ -41,7 +41,7 @@ def align(tangent: Tensor, rank: int) -> Tensor:
 def only_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether the first argument is the only one with tangents."""
     others = [*args[1:], *kwargs.values()]
-    return isinstance(args[0], Dual) and not any(isinstance(a, Dual) or isinstance(a, (list, tuple)) and any(isinstance(b, Dual) for b in a) for a in others)
+    return isinstance(args[0], Dual) and not any(isinstance(a, Dual) or (isinstance(a, (list, tuple)) and any(isinstance(b, Dual) for b in a)) for a in others)
 
 
 def linear_in_first(func: Any) -> Rule:
@@ -66,7 +66,8 @@ def linear_in_first(func: Any) -> Rule:
 def pair(trace: Trace, value: Any, moved: Any) -> Any:
     """Duals from a value and its tangents, through tuples and lists."""
     if isinstance(value, (tuple, list)):
-        return type(value)(pair(trace, v, m) for v, m in zip(value, moved, strict=True)) if type(value) in (tuple, list) else tuple(map(lambda v, m: pair(trace, v, m), value, moved))
+        pairs = (pair(trace, v, m) for v, m in zip(value, moved, strict=True))
+        return list(pairs) if isinstance(value, list) else tuple(pairs)
     return Dual(value, moved, trace)
 
 
@@ -80,7 +81,7 @@ def elementwise(func: Any) -> Rule:
         x, rest = args[0], args[1:]
         if rest and rest[-1] is True and func in TAKES_INPLACE:
             in_place, rest = True, rest[:-1]
-        value, slope = torch.func.jvp(lambda p: func(p, *rest, **kwargs), (x.primal,), (torch.ones_like(x.primal),))
+        value, slope = torch.func.jvp(lambda p: func(p, *rest, **kwargs), (x.primal,), (torch.ones_like(x.primal),))  # type: ignore[misc]
         return overwrite(x, value, x.tangent * slope) if in_place else Dual(value, x.tangent * slope, trace)
 
     return apply_elementwise
@@ -93,25 +94,34 @@ def overwrite(x: Dual, value: Tensor, tangent: Tensor) -> Dual:
     return x
 
 
-LINEAR = [
-    *(getattr(torch.Tensor, n) for n in (
-        "view reshape flatten unflatten transpose permute unsqueeze squeeze sum mean neg __neg__ contiguous clone to float double half bfloat16 expand expand_as chunk split "
-        "unbind __getitem__ narrow select index_select roll flip t movedim swapaxes swapdims repeat tile cumsum diagonal tril triu view_as reshape_as unfold type_as masked_fill_with_zero"
-    ).split() if hasattr(torch.Tensor, n)),
-    *(getattr(torch, n) for n in "reshape flatten unflatten transpose permute unsqueeze squeeze sum mean neg clone chunk split unbind narrow select index_select roll flip t movedim swapaxes tile cumsum diagonal tril triu".split()),
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.unfold, F.fold, F.pixel_shuffle, F.pixel_unshuffle,
-]  # fmt: skip
-for function in LINEAR:
-    RULES[function] = linear_in_first(function)
+LINEAR_NAMES = """
+    reshape flatten unflatten transpose permute unsqueeze squeeze sum mean neg clone chunk split unbind narrow select index_select
+    roll flip t movedim swapaxes tile cumsum diagonal tril triu
+""".split()
+LINEAR_METHODS = """
+    view __neg__ contiguous to float double half bfloat16 expand expand_as __getitem__ swapdims repeat view_as reshape_as unfold type_as
+""".split()
+LINEAR_FUNCTIONS = """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d unfold fold pixel_shuffle pixel_unshuffle
+""".split()
+ELEMENTWISE_NAMES = "tanh sigmoid exp log log1p expm1 sqrt rsqrt sin cos abs square reciprocal erf".split()
+ELEMENTWISE_FUNCTIONS = """
+    tanh sigmoid gelu silu elu selu celu softplus hardtanh leaky_relu relu6 hardswish hardsigmoid mish logsigmoid softsign tanhshrink
+""".split()
+TAKES_INPLACE = {getattr(F, name) for name in "relu elu selu celu silu hardtanh leaky_relu relu6 hardswish hardsigmoid mish".split()}
 
-TAKES_INPLACE = {F.relu, F.elu, F.selu, F.celu, F.silu, F.hardtanh, F.leaky_relu, F.relu6, F.hardswish, F.hardsigmoid, F.mish}
-ELEMENTWISE = [
-    *(getattr(torch.Tensor, n) for n in "tanh sigmoid exp log log1p expm1 sqrt rsqrt sin cos abs square reciprocal erf".split()),
-    *(getattr(torch, n) for n in "tanh sigmoid exp log log1p expm1 sqrt rsqrt sin cos abs square reciprocal erf".split()),
-    F.tanh, F.sigmoid, F.gelu, F.silu, F.elu, F.selu, F.celu, F.softplus, F.hardtanh, F.leaky_relu, F.relu6, F.hardswish, F.hardsigmoid, F.mish, F.logsigmoid, F.softsign, F.tanhshrink,
-]  # fmt: skip
-for function in ELEMENTWISE:
-    RULES[function] = elementwise(function)
+
+def register(make: Callable[[Any], Rule], owner: Any, names: list[str]) -> None:
+    """Give every function of `owner` in `names` the rule that `make` makes for it."""
+    for name in names:
+        if hasattr(owner, name):
+            RULES[getattr(owner, name)] = make(getattr(owner, name))
+
+
+for owner, names in ((torch, LINEAR_NAMES), (torch.Tensor, LINEAR_NAMES + LINEAR_METHODS), (F, LINEAR_FUNCTIONS)):
+    register(linear_in_first, owner, names)
+for owner, names in ((torch, ELEMENTWISE_NAMES), (torch.Tensor, ELEMENTWISE_NAMES), (F, ELEMENTWISE_FUNCTIONS)):
+    register(elementwise, owner, names)
 
 
 @rule(F.relu, torch.relu, torch.Tensor.relu)

@@ -37,7 +37,7 @@ SMALL_BLOCK = 8192  # counters: 384 KiB of temporaries, and they stay in the sec
 LARGE_BLOCK = 32768  # counters, once there is enough to share among threads or to fill a device
 LARGE_DRAW = 2**18  # counters from which the large block is used
 SIGN_PIECE = 256  # counters unpacked at once: 128 KiB of signs
-COMPILED_BLOCKS = (1024, 8192)  # counters: the small one for the many short vectors of low-rank noise
+COMPILED_BLOCKS = (1024, 8192, 32768)  # counters: small ones for the many short vectors of low-rank noise, a large one to pay a call's overhead once
 NANOSECONDS_SAVED = 8.0  # a normal, compiled against eager (measured on one thread)
 COMPILE_BUDGET = 30.0  # seconds both blocks may take on a cold cache
 UNIT = 2.0**-24
@@ -120,9 +120,11 @@ def _fill(out: Tensor, law: str, key: Key, tensor: int, members: Sequence[int], 
     require(lowest >= 0 and highest <= MASK, "members", (lowest, highest), "in [0, 2^32)")
     first, last = start // each, -(-(start + count) // each)
     total = rows * (last - first)
+    if law == "normal" and out.device.type == "cpu":
+        _tally.normals += rows * count
     build = _blocks_for(out.device) if law == "normal" and _wanted(compiled) else None
     if build is not None:
-        capacity = lanes = next((size for size in COMPILED_BLOCKS if size >= total), COMPILED_BLOCKS[-1])
+        capacity = lanes = _block_size(total)
         space = torch.zeros(2, lanes, dtype=torch.int64)
         seeds = torch.tensor([tensor, key.step, key.seed & MASK, key.seed >> 32])
     else:
@@ -150,6 +152,12 @@ def _fill(out: Tensor, law: str, key: Key, tensor: int, members: Sequence[int], 
             part = (_unpack(part, room) if law == "sign" else part).view(piece.bottom - piece.top, -1)
             low, high = each * piece.low - shift, each * piece.high - shift  # may stick out of [0, count) at both ends
             out[piece.top : piece.bottom, max(low, 0) : high] = part[:, max(-low, 0) : part.shape[1] - max(high - count, 0)]
+
+
+def _block_size(counters: int) -> int:
+    """The compiled block that serves so many counters: few calls, and little of the last block wasted."""
+    small, middle, large = COMPILED_BLOCKS
+    return small if counters <= small else large if counters >= large // 2 else middle
 
 
 def _pieces(rows: int, width: int, capacity: int, limit: int) -> Iterator[list[Piece]]:
@@ -314,7 +322,14 @@ class _Compiler:
         return self.blocks or None
 
 
+class _Tally(threading.local):
+    """What a thread has drawn."""
+
+    normals = 0
+
+
 _compiler = _Compiler()
+_tally = _Tally()
 _context: ContextVar[bool] = ContextVar("altgrad_compiled_noise", default=False)
 
 
@@ -338,17 +353,27 @@ def compiled(wanted: bool) -> Iterator[None]:
     """Inside, normals on the CPU come from the compiled block, or do not; compiles on entry (seconds, once a process)."""
     token = _context.set(wanted)
     try:
-        if _wanted(None):
+        if wanted and _wanted(None):
             _compiler()
         yield
     finally:
         _context.reset(token)
 
 
+def drawn() -> int:
+    """Normals drawn on the CPU by this thread so far, the only ones that compiling can make cheaper."""
+    return _tally.normals
+
+
 def worth_compiling(normals_per_step: int, steps: int) -> bool:
     """Whether a run of this size should draw compiled noise: a function of its arguments and of ALTGRAD_COMPILE only, so a resumed run agrees."""
     mode = _mode()
     return mode == "on" or (mode == "auto" and normals_per_step * steps * NANOSECONDS_SAVED * 1e-9 > COMPILE_BUDGET)
+
+
+def follows(wanted: bool) -> bool:
+    """Whether ALTGRAD_COMPILE lets `with compiled(wanted)` have its way."""
+    return _mode() in ("auto", "on" if wanted else "off")
 
 
 def compile_failures() -> int:

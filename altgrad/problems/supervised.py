@@ -1,6 +1,9 @@
 """A model, a loss and (optionally) a data set."""
 
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,13 +12,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.engine import Tree
-from altgrad.errors import DataError, NumericsError, ShapeError
+from altgrad.errors import DataError, NumericsError, ShapeError, require
 from altgrad.forward_mode import apply, primal_of
-from altgrad.problem import Batch, Problem, first_tensor
+from altgrad.problem import Batch, Problem, not_finite
 from altgrad.rng import Key, permutation
+from altgrad.samplers import AddressedSamplers
 from altgrad.world import World
 
 Loss = Callable[[Any, Any], Tensor]
+IGNORED = -100  # the label that PyTorch's losses leave out by default
 
 
 class Supervised(Problem):
@@ -57,6 +62,7 @@ class Supervised(Problem):
         if epoch not in self.orders:
             self.orders = {epoch: torch.from_numpy(permutation(self.key.fold("order").at(epoch), "epoch", len(self.dataset.train_inputs)).copy())}
         count = min(self.batch_size, len(self.dataset.train_inputs))
+        require(count >= world.size, "batch_size", count, f"at least the number of processes, {world.size}")
         share = world.share(count)
         index = self.orders[epoch][place * count + share.start : place * count + share.stop]
         return Batch(self.dataset.train_inputs[index], self.dataset.train_targets[index], share.start)
@@ -67,6 +73,30 @@ class Supervised(Problem):
         if isinstance(inputs, dict):
             return torch.func.functional_call(self.model, values, (), inputs)
         return torch.func.functional_call(self.model, values, inputs if isinstance(inputs, tuple) else (inputs,))
+
+    def check_batch(self, batch: Batch) -> None:
+        """Run the model (its buffers stay as they are) and the loss on `batch` once; look at the whole training set (the test set is for `evaluate`).
+
+        Settles `split_loss`, so that a batch met later, or first after resuming, cannot find another answer.
+        """
+        size, given = self.batch_size_of(batch), batch.targets
+        if self.dataset is not None and (wrong := not_finite(self.dataset.train_inputs)):
+            raise NumericsError(f"{self.name}, training set: {wrong}")
+        with torch.no_grad(), AddressedSamplers(self.key.fold("check"), examples=size):
+            with fitting(f"the model does not take inputs of {shapes_of(batch.inputs)}"):
+                outputs = self.forward(self.params(), batch.inputs, self.fresh_buffers())
+            if self.dataset is not None:
+                check_outputs(outputs, size, self.classes)
+                check_labels(outputs, self.dataset.train_targets)
+            elif isinstance(outputs, Tensor) and outputs.ndim == 2 and isinstance(given, Tensor) and given.ndim == 1 and given.dtype == torch.int64:
+                if len(outputs) != len(given):
+                    raise ShapeError(f"the model returned {shapes_of(outputs)} for {len(given)} labels; it must return [{len(given)}, classes].")
+                check_labels(outputs, given)
+            with fitting(f"the loss does not take outputs of {shapes_of(outputs)} with targets of {shapes_of(given)}"):
+                value = self.loss_function(outputs, given)
+            self.check(value, batch)
+            if self.split_loss is None:
+                self.split_loss = self.find_split(outputs, given, size)
 
     def loss(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
         outputs = self.forward(params, batch.inputs, buffers)
@@ -145,17 +175,23 @@ class Supervised(Problem):
             with torch.no_grad():
                 for start in range(0, len(inputs), chunk):
                     outputs, y = predict(inputs[start : start + chunk]), targets[start : start + chunk]
-                    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[0] != len(y):
-                        seen = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-                        raise ShapeError(f"the model returned {seen} for {len(y)} inputs; a classifier must return [{len(y)}, {self.classes}].")
+                    check_outputs(outputs, len(y), self.classes)
+                    check_labels(outputs, y)
                     right += float((outputs.argmax(1) == y).sum())
                     total += float(self.loss_function(outputs, y).mean()) * len(y)
         finally:
             self.model.train(mode)
+        if not math.isfinite(total) and (wrong := not_finite(inputs)):
+            raise NumericsError(f"{self.name}, {split} set: {wrong}")
         return {"accuracy": right / len(inputs), "loss": total / len(inputs)}
 
 
-UNREDUCED: dict[type[nn.Module], Loss] = {nn.CrossEntropyLoss: F.cross_entropy, nn.MSELoss: F.mse_loss, nn.L1Loss: F.l1_loss, nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits}
+UNREDUCED: dict[type[nn.Module], Loss] = {
+    nn.CrossEntropyLoss: F.cross_entropy,
+    nn.MSELoss: F.mse_loss,
+    nn.L1Loss: F.l1_loss,
+    nn.BCEWithLogitsLoss: F.binary_cross_entropy_with_logits,
+}
 
 
 def unreduced(loss: Loss) -> Callable[..., Tensor] | None:
@@ -167,25 +203,45 @@ def unreduced(loss: Loss) -> Callable[..., Tensor] | None:
     return found if plain and not getattr(loss, "label_smoothing", 0.0) and getattr(loss, "ignore_index", -100) == -100 else None
 
 
-def check_labels(outputs: Tensor, targets: Tensor) -> None:
-    """Integer labels must index the outputs' classes.
+def check_outputs(outputs: Any, count: int, classes: int | None) -> None:
+    """A classifier's outputs must be [N, classes].
 
     Raises:
-        ShapeError: the model's output has not one row an example.
+        ShapeError: they are not.
+    """
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[0] != count:
+        raise ShapeError(f"the model returned {shapes_of(outputs)} for {count} inputs; a classifier must return [{count}, {classes or 'classes'}].")
+
+
+def check_labels(outputs: Tensor, targets: Tensor) -> None:
+    """Integer labels must index the outputs' classes; one output is no classifier's, and PyTorch's losses leave out IGNORED.
+
+    Raises:
         DataError: a label is out of range.
     """
-    if outputs.ndim < 2 or outputs.shape[0] != targets.shape[0]:
-        raise ShapeError(f"the model returned shape {tuple(outputs.shape)} for {targets.shape[0]} labels; it must return [{targets.shape[0]}, classes].")
-    low, high = int(targets.min()), int(targets.max())
+    if targets.dtype != torch.int64 or not outputs.is_floating_point() or outputs.shape[1] == 1:
+        return
+    labels = targets[targets != IGNORED]
+    low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0 or high >= outputs.shape[1]:
         raise DataError(f"labels run from {low} to {high}, but the model has {outputs.shape[1]} outputs; labels must be in [0, {outputs.shape[1] - 1}].")
 
 
-def check_finite_inputs(inputs: Any) -> None:
-    """Raise NumericsError where an input holds NaN or infinity."""
-    for leaf in tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise NumericsError("the inputs of the batch hold NaN or infinite values; clean the data first.")
+@contextmanager
+def fitting(complaint: str) -> Iterator[None]:
+    """Turn PyTorch's errors about shapes into a ShapeError that starts with `complaint`; somebody's own errors pass."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or not re.search(r"shape|size|dimension|channels|out of bounds|out of range|\dD", str(error)):
+            raise
+        raise ShapeError(f"{complaint}: {str(error).strip().rstrip('.')}.") from error
 
 
-__all__ = ["Supervised", "check_finite_inputs", "check_labels", "first_tensor"]
+def shapes_of(tree: Any) -> str:
+    """`shape (64, 10)`, or of several tensors `shapes (64, 10), (64,)`; a type where there is no tensor."""
+    found = [str(tuple(leaf.shape)) for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return f"shape{'s' if len(found) > 1 else ''} {', '.join(found)}" if found else f"type {type(tree).__name__}"
+
+
+__all__ = ["Supervised", "check_labels"]
