@@ -33,6 +33,12 @@ class World:
             dist.init_process_group(backend, init_method=rendezvous, rank=int(os.environ["RANK"]), world_size=size, timeout=timedelta(seconds=timeout_seconds))
         return World(rank=dist.get_rank(), size=dist.get_world_size())
 
+    def close(self) -> None:
+        """Wait for the others, then leave the process group: for the end of a program, so that no rank hangs up while another still reads."""
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes files and speaks."""

@@ -92,6 +92,7 @@ def learner(model=None, loss=None, **settings):
     return altgrad.Learner(model or nn.Linear(4, 3), loss or nn.CrossEntropyLoss(), engine="backprop", **settings)
 
 
+@pytest.mark.filterwarnings("ignore:Using a target size")  # of PyTorch, before its error
 @pytest.mark.parametrize(
     ("model", "loss", "targets", "error", "message"),
     [

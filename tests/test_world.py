@@ -109,6 +109,7 @@ def rank_main(folder):
     world = World.from_environment(timeout_seconds=SECONDS, rendezvous=f"file://{folder}/meeting")
     found = everything(world) | {f"mean/{name}": value for name, value in means(world).items()}
     save_file({name: value.contiguous() for name, value in found.items()}, f"{folder}/rank-{world.rank}.safetensors")
+    world.close()
 
 
 CHILD = "import sys, torch; torch.set_num_threads(1); import test_world; test_world.rank_main(sys.argv[1])"
