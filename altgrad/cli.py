@@ -5,6 +5,8 @@ Exit codes: 0 done, 1 failure, 2 usage, 3 diverged, 4 bad checkpoint, 5 missing 
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +86,7 @@ def train(
     altgrad train --engine forward
     altgrad train --problem fashion-mnist -s tangents=4 --lr 3e-3 --out runs/a
     """
-    with Display(quiet=quiet or dry_run) as display:
+    with Display(quiet=quiet or dry_run or follows()) as display, ranks() as world:
         from altgrad import registry, trainer
         from altgrad import training as training_module
 
@@ -105,7 +107,7 @@ def train(
             save_every=save_every,
             data_dir=data_dir,
         )
-        training = trainer.build(settings)
+        training = trainer.build(settings, world=world)
         others = [fitting(text, training) for text in beside]
         if dry_run:
             show_settings(training_module.resolved(training), as_json=as_json)
@@ -116,10 +118,12 @@ def train(
         for choice in others:
             folders.append(folder / f"beside-{plain(choice.label)}")
             changed = replace(settings, engine=choice.engine, engine_settings=dict(choice.settings))
-            results[choice.label] = run(trainer.build(changed), display, folder=folders[-1], overwrite=overwrite)
-        plot(folders)
+            results[choice.label] = run(trainer.build(changed, world=world), display, folder=folders[-1], overwrite=overwrite)
+        if world.is_main:
+            plot(folders)
         display.say(f"run folder: {folder}")
-    show_results(results, as_json=as_json)
+    if world.is_main:
+        show_results(results, as_json=as_json)
 
 
 @cli.command()
@@ -131,14 +135,31 @@ def resume(folder: Path, fallback: bool, as_json: bool, quiet: bool) -> None:
 
     RUN is its folder. The result is bit for bit that of a run that never stopped.
     """
-    with Display(quiet=quiet) as display:
+    with Display(quiet=quiet or follows()) as display, ranks() as world:
         from altgrad import trainer
 
-        training = trainer.resume(folder, fallback=fallback)
+        training = trainer.resume(folder, fallback=fallback, world=world)
         display.say(f"{folder}: {'done already' if training.step >= training.total_steps else 'going on'} at step {training.step} of {training.total_steps}")
         results = {training.settings.engine: run(training, display)}
-        plot([folder])
-    show_results(results, as_json=as_json)
+        if world.is_main:
+            plot([folder])
+    if world.is_main:
+        show_results(results, as_json=as_json)
+
+
+def follows() -> bool:
+    """Whether this process is a rank other than the first, which alone speaks."""
+    return os.environ.get("RANK", "0") != "0" and os.environ.get("WORLD_SIZE", "1") != "1"
+
+
+@contextmanager
+def ranks() -> Iterator[Any]:
+    """The processes torchrun started, who share every batch; this one alone where there are no others."""
+    from altgrad.world import World
+
+    world = World.from_environment()
+    yield world
+    world.close()  # after an error the others must not be waited for
 
 
 def run(training: Any, display: Display, *, folder: Path | None = None, overwrite: bool = False) -> dict[str, Any]:

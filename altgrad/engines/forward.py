@@ -153,7 +153,7 @@ class Forward(Engine):
         assert loss is not None
         coefficients = self.combined(slopes, drawn, params)
         grads = Combined(drawn, coefficients)
-        metrics = notes.metrics(loss, forwards=1 + self.tangents + (self.guess == "momentum"))
+        metrics = notes.metrics(loss, forwards=len(drawn) + self.tangents + (self.guess == "momentum"))
         return Estimate(loss, grads, self.next_state(state, grads), metrics, buffers)
 
     def moves(self, params: Tree, state: Tree, members: Sequence[int], key: Key, *, lead: bool) -> dict[str, Any]:
@@ -175,8 +175,7 @@ class Forward(Engine):
             first = torch.cat([slopes[0][:1], slopes[0][1:] / scale])
             return [first, *(slope / scale for slope in slopes[1:])]
         used = [name for name in params if any(moves[name].used for moves in drawn)]
-        vectors = [torch.cat([moves[name].dense().flatten(1).double() for name in used], dim=1) for moves in drawn] if len(drawn) > 1 else []
-        gram = torch.cat(vectors) @ torch.cat(vectors).T if vectors else torch.stack([drawn[0][name].gram() for name in used]).sum(0)
+        gram = torch.stack([self.gram([moves[name] for moves in drawn]) for name in used]).sum(0)
         slope = torch.cat(slopes).double()
         finite = torch.isfinite(slope).all()  # the solvers stop at NaN with errors of their own
         slope = slope.nan_to_num(0.0, 0.0, 0.0)
@@ -186,6 +185,13 @@ class Forward(Engine):
             size = sum(params[name].numel() for name in used)
             solved = solved * max(1.0, size / len(slope))
         return list(solved.to(slopes[0].dtype).split([len(s) for s in slopes]))
+
+    def gram(self, parts: list[Any]) -> Tensor:
+        """⟨V_i, V_j⟩ over all K directions of one tensor, whose chunks are `parts`; in float64."""
+        if len(parts) == 1:
+            return parts[0].gram()
+        vectors = torch.cat([part.dense().flatten(1) for part in parts]).double()
+        return vectors @ vectors.T
 
     def next_state(self, state: Tree, grads: Mapping[str, Tensor]) -> Tree:
         if self.guess != "momentum":

@@ -77,7 +77,8 @@ def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
             start.view(-1, pw.shape[0]).addmm_(x.tangent.reshape(-1, pw.shape[1]), pw.T)
             tangent, included = start, True
     if has_tangents(weight):
-        tangent = moved_by_weight(px, weight, moves, tangent)
+        tangent = moved_by_weight(px, weight, moves, shift, tangent)
+        shift = shift if moves is not None else None
     if shift is not None:
         moved = align(shift, value.ndim)
         tangent = moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent.add_(moved)
@@ -96,8 +97,11 @@ def product(rows: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(rows, weight.T, out=scratch.empty((rows.shape[0], weight.shape[0]), rows.dtype, rows.device))
 
 
-def moved_by_weight(px: Tensor, weight: Dual, moves: Tensor | None, tangent: Tensor | None) -> Tensor:
-    """x Ẇ_kᵀ for every k, added to `tangent` [K, ..., out] where there is one; Ẇ as factors of the source or as `moves` [K, out, in]."""
+def moved_by_weight(px: Tensor, weight: Dual, moves: Tensor | None, shift: Tensor | None, tangent: Tensor | None) -> Tensor:
+    """x Ẇ_kᵀ for every k, added to `tangent` [K, ..., out] where there is one; Ẇ as factors of the source or as `moves` [K, out, in].
+
+    With factors the bias's tangent `shift` [K, out] is added as well.
+    """
     flat = px.reshape(-1, px.shape[-1])  # [rows, in]
     if moves is None:
         a, b = weight.source.factors()  # [K, out, r], [K, in, r]
@@ -109,8 +113,13 @@ def moved_by_weight(px: Tensor, weight: Dual, moves: Tensor | None, tangent: Ten
         if tangent is None:
             outer = scratch.empty((members, flat.shape[0], a.shape[1]), a.dtype, a.device)
             inner = inner.to(a.dtype)
-            (torch.mul if rank == 1 else torch.matmul)(inner, a.transpose(1, 2), out=outer)
+            if rank == 1 and shift is not None:  # the bias in the same pass
+                torch.addcmul(shift[:, None], inner, a.transpose(1, 2), out=outer)
+            else:
+                (torch.mul if rank == 1 else torch.matmul)(inner, a.transpose(1, 2), out=outer)
+                outer = outer if shift is None else outer.add_(shift[:, None])
             return outer.view(members, *px.shape[:-1], a.shape[1])
+        tangent = tangent if shift is None else tangent.add_(align(shift, tangent.ndim - 1))
         view = tangent.view(members, -1, a.shape[1])
         for r in range(rank):
             view.addcmul_(inner[:, :, r : r + 1].to(view.dtype), a[:, None, :, r].to(view.dtype))
