@@ -1,5 +1,6 @@
 """What is trained: a model, a loss and data, seen through views. Implement a view and the problem provides the need."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,13 @@ class Problem:
     def evaluate(self, predict: Any, *, split: str = "test") -> dict[str, float]:
         """Held-out figures of `predict(inputs) -> outputs`, for instance {"accuracy": 0.97, "loss": 0.1}."""
         return {}
+
+    def recall(self, fact: Any, find: Callable[[], Any]) -> Any:
+        """A fact about the problem, found the first time it is asked for."""
+        facts = self.__dict__.setdefault("facts", {})
+        if fact not in facts:
+            facts[fact] = find()
+        return facts[fact]
 
     def fresh_buffers(self) -> Tree:
         """Clones of the buffers, which one forward pass may write."""

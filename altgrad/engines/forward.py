@@ -17,7 +17,7 @@ from torch import Tensor
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import CapabilityError, SettingError, require
 from altgrad.forward_mode import Dual, Trace, following_custom_functions, primal_of
-from altgrad.forward_mode.activities import ActivityTrace
+from altgrad.forward_mode.activities import ActivityTrace, independent_rows
 from altgrad.forward_mode.guide import PREFIX, Guide
 from altgrad.kernels import scratch
 from altgrad.perturb import Dense, Directions, Steered, directions
@@ -212,6 +212,8 @@ class Forward(Engine):
         buffers: Tree = {}
         grads: Tree = {}
         notes = Notes()
+        mode = getattr(getattr(problem, "model", None), "training", True)  # batch norm mixes examples in one mode and not in the other
+        independent = problem.recall(("independent rows", mode, examples), lambda: independent_rows(problem, weights, batch, key))
         for number, members in enumerate(self.chunks()):
             guide = self.guide(problem, weights, heads, batch, examples)
             trace = ActivityTrace(
@@ -226,6 +228,7 @@ class Forward(Engine):
                 scale=self.tangents,
                 grads=grads,
             )
+            trace.rows_are_examples = independent
             fresh = problem.fresh_buffers()
             with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
                 value = problem.losses(trace.parameters(weights), batch, fresh)

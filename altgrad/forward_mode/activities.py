@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import CapabilityError
+from altgrad.forward_mode.custom import following_custom_functions
 from altgrad.forward_mode.dual import Dual, Trace
 from altgrad.forward_mode.guide import Guide
 from altgrad.kernels import noise, scratch
 from altgrad.perturb import Dense
+from altgrad.problem import Batch, Problem
 from altgrad.rng import Key, tensor_id
+from altgrad.samplers import AddressedSamplers
 
 Local = Callable[[Tensor], list[Tensor | None]]
 
@@ -39,11 +42,7 @@ class SiteParameter:
 
     def dense(self) -> Tensor:
         """Weight tangents [K (+ guides), *shape], for operations that have no layer rule; noted on the trace."""
-        trace = self.trace
-        if self.name not in trace.weights:
-            trace.weights[self.name] = Dense(trace.key, self.name, self.value, trace.draws, trace.law)
-        drawn = trace.weights[self.name].dense()
-        return drawn if not trace.guides else torch.cat([drawn, drawn.new_zeros(trace.guides, *drawn.shape[1:])])
+        return self.trace.fallen(self.name, self.value)
 
 
 class ActivityTrace(Trace):
@@ -93,6 +92,7 @@ class ActivityTrace(Trace):
         self.moved: Tensor | None = None  # [K (+ guides), N] or [K (+ guides), 1]: the measured derivatives
         self.grads: dict[str, Tensor] = {} if grads is None else grads
         self.dtypes: dict[str, torch.dtype] = {}
+        self.rows_are_examples = True  # set by `independent_rows`: what a layer's rows do reaches no other example's loss
         self.by_batch = 0  # sites whose rows are not examples: one coefficient a batch
 
     def parameters(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +150,13 @@ class ActivityTrace(Trace):
             tangent[slot] += unit
         return tangent
 
+    def fallen(self, name: str, value: Tensor) -> Tensor:
+        """Weight tangents [K (+ guides), *shape] for a parameter that is used outside any layer."""
+        if name not in self.weights:
+            self.weights[name] = Dense(self.key, name, value, self.draws, self.law)
+        drawn = self.weights[name].dense()
+        return drawn if not self.guides else torch.cat([drawn, drawn.new_zeros(self.guides, *drawn.shape[1:])])
+
     def turned(self, unit: Tensor) -> Tensor:
         """±unit, a sign an example: where examples mix, one coefficient for the batch is unbiased only so; elsewhere the sign cancels."""
         signs = noise.draw(
@@ -161,7 +168,7 @@ class ActivityTrace(Trace):
         """δ from the noise and the measured derivatives, and from δ the gradients of the layer's parameters."""
         assert self.moved is not None
         count, moved = len(self.draws), self.moved
-        by_example = moved.shape[1] == self.examples and drawn.shape[1] == self.examples and not self.mixes_examples
+        by_example = moved.shape[1] == self.examples and drawn.shape[1] == self.examples and self.rows_are_examples and not self.mixes_examples
         if by_example:
             spread = (-1, self.examples, *(1 for _ in drawn.shape[2:]))
             share = moved / self.examples
@@ -197,6 +204,36 @@ class ActivityTrace(Trace):
         """From here on, layers run plainly and add their gradients as they pass."""
         self.plain = True
         self.calls.clear()
+
+
+class FirstRow(ActivityTrace):
+    """Noise in the first row of every layer's output and nowhere else: the derivative of example 0's loss alone should move."""
+
+    def draw(self, site: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        drawn = super().draw(site, shape, dtype, device)
+        drawn[:, 1 if shape[0] == self.examples else 0 :] = 0  # other shapes share one coefficient a batch anyway
+        return drawn
+
+    def fallen(self, name: str, value: Tensor) -> Tensor:
+        return value.new_zeros(1, *value.shape)
+
+
+def independent_rows(problem: Problem, weights: dict[str, Tensor], batch: Batch, key: Key) -> bool:
+    """Whether row n of every layer's output belongs to example n and to no other, so that each example may have a coefficient of its own.
+
+    False where layers mix examples (statistics over the batch, attention across it) and where the first axis is not the batch's, though it
+    has its length (time-major sequences as long as the batch).
+    """
+    examples = problem.batch_size_of(batch)
+    if examples == 1:
+        return True
+    trace = FirstRow(key.fold("first row"), [0], law="normal", examples=examples, first=0, store=False, guide=None, lead=True, scale=1)
+    with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
+        value = problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
+    if not isinstance(value, Dual) or value.shape[0] != examples:
+        return True  # the loss has one value a batch, and so has the coefficient
+    own, others = value.tangent[:, 0].abs().max(), value.tangent[:, 1:].abs().max()
+    return not bool(others > 1e-6 * own)
 
 
 def owners_of(weight: Any, bias: Any) -> tuple[str | None, str | None, str]:
