@@ -231,7 +231,7 @@ def test_an_interrupted_run_is_resumed_as_if_it_had_never_stopped(interrupted, m
 
 
 def test_ctrl_c_before_the_first_step_leaves_with_130(monkeypatch):
-    def interrupt(settings):
+    def interrupt(settings, **how):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("altgrad.trainer.build", interrupt)
