@@ -227,7 +227,7 @@ def independent_rows(problem: Problem, weights: dict[str, Tensor], batch: Batch,
     examples = problem.batch_size_of(batch)
     if examples == 1:
         return True
-    trace = FirstRow(key.fold("first row"), [0], law="normal", examples=examples, first=0, store=False, guide=None, lead=True, scale=1)
+    trace = FirstRow(key.fold("first row"), [0], law="sign", examples=examples, first=0, store=False, guide=None, lead=True, scale=1)
     with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
         value = problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
     if not isinstance(value, Dual) or value.shape[0] != examples:
