@@ -43,6 +43,10 @@ class Budget:
             return row["step"] / (epoch or 1)
         return row["seconds"] if self.kind == "seconds" else equivalents(row)
 
+    def share(self, row: Mapping[str, Any], epoch: int | None) -> float:
+        """The share of it that is used up, 1 and more at the end."""
+        return self.spent(row, epoch) / self.amount
+
     def __str__(self) -> str:
         return f"{self.kind}={self.amount:g}"
 

@@ -10,6 +10,7 @@ import click
 from altgrad.errors import UsageError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
+SCHEDULE = "The learning rate along the run: constant, or falling to 0 as cosine or linear."
 
 
 def complete_engine(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -20,6 +21,13 @@ def complete_engine(context: click.Context, parameter: click.Parameter, incomple
 def complete_problem(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """Problem names for the shell."""
     return completed("problem", incomplete)
+
+
+def complete_schedule(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Schedule names for the shell."""
+    from altgrad.schedules import SHAPES
+
+    return [name for name in SHAPES if name.startswith(incomplete)]
 
 
 def completed(kind: str, incomplete: str) -> list[str]:
@@ -49,6 +57,8 @@ what_options = with_options(
 how_options = with_options(
     click.option("--optimizer", default="Adam", show_default=True, help="See `altgrad optimizers`; upper and lower case do not matter."),
     click.option("--optimizer-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer; repeatable."),
+    click.option("--schedule", default="constant", show_default=True, metavar="NAME", shell_complete=complete_schedule, help=SCHEDULE),
+    click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE", help="Share of the run in which the rate rises to its full height."),
     click.option("--batch-size", type=int, metavar="N", help="Examples a step. [default: the problem's own]"),
     click.option("--clip", type=float, metavar="NORM", help="Largest norm of the whole gradient. [default: no limit]"),
     click.option("--data-dir", type=click.Path(), help="Where your own data files are. [default: the cache]"),

@@ -20,6 +20,7 @@ from altgrad.errors import AltgradError, CapabilityError, NumericsError, Setting
 from altgrad.metrics import live_bytes, saved_bytes
 from altgrad.problem import Problem
 from altgrad.rng import Key, permutation
+from altgrad.schedules import Schedule
 from altgrad.training import Training, TrainSettings
 from altgrad.verdict import REFERENCE, method
 
@@ -72,6 +73,8 @@ class CompareSettings:
     rates: dict[str, float] = field(default_factory=dict, metadata={"help": "label -> learning rate of single engines, which are then not tuned"})
     tuning_seed: int = option(1000, "seed of the tuning runs, one for each learning rate and engine")
     validation: float = option(1 / 6, "share of the training data held out while tuning, in (0, 1)")
+    schedule: str = option("constant", "how the learning rate changes along the budget, the same for every engine: constant, cosine or linear")
+    warmup: float = option(0.0, "share of the budget in which the learning rate rises to its full height, in [0, 1)")
     batch_size: int | None = option(None, "examples a step; none for the problem's default")
     clip: float | None = option(None, "largest norm of the whole gradient; none for no limit")
     points: int = option(25, "evaluations along each run, for the curves")
@@ -82,6 +85,7 @@ class CompareSettings:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "engines", tuple(Choice(*entry) for entry in self.engines))
         Budget.parse(self.budget)
+        Schedule(self.schedule, self.warmup)
         require(
             REFERENCE in self.baselines and set(self.baselines) <= {c.label for c in BASELINES},
             "baselines",
@@ -120,6 +124,8 @@ class CompareSettings:
             optimizer=self.optimizer,
             optimizer_settings=self.optimizer_settings,
             lr=lr,
+            schedule=self.schedule,
+            warmup=self.warmup,
             steps=LIMIT,
             seed=seed,
             clip=self.clip,
@@ -192,7 +198,7 @@ def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | 
         raise UsageError(f"there is nothing to compare: problem {settings.problem} is not for backprop, and no other engine was named.")
     chosen = [choice for choice in settings.choices() if choice.label in costs]
     total = sum(len(settings.seeds) + len(grid) * (choice.label not in settings.rates) for choice in chosen)
-    comparison = Comparison(runs.finite(asdict(settings)), runs.environment(), method(settings, grid, draws=DRAWS), [], skipped)
+    comparison = Comparison(runs.finite(asdict(settings)), runs.environment(), [*method(settings, grid, draws=DRAWS), *scheduled(settings)], [], skipped)
     done = 0
     for choice in chosen:
         tuning: dict[float, Outcome] = {}
@@ -212,6 +218,12 @@ def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | 
     return comparison
 
 
+def scheduled(settings: CompareSettings) -> list[str]:
+    """The sentence on the schedule, where there is one."""
+    schedule = Schedule(settings.schedule, settings.warmup)
+    return [f"Learning rates follow one schedule for every engine, over the share of the budget that is spent: {schedule}."] if schedule.moves else []
+
+
 def reporter(tell: Callable[[Progress], Any], stage: str, label: str, seed: int, lr: float | None, number: int, total: int) -> Callable[[float], Any]:
     """`tell` with everything but the fraction filled in."""
     return lambda fraction: tell(Progress(stage, label, seed, lr, fraction, number, total))
@@ -226,12 +238,13 @@ def run(
     if tuning:
         training.problem = held_out(training.problem, settings)
     epoch, curve, diverged = training.problem.steps_per_epoch, {}, False
+    training.share = lambda now: budget.share(trainer.base_row(now), epoch)  # LIMIT steps are no measure of how far the run is
     curve[0] = point(training, trainer.evaluate(training))
 
     def on_step(now: Training, row: Mapping[str, Any]) -> bool:
         if equivalents(row) <= 0:
             raise AltgradError(f"engine {choice.engine} reports no forwards in its metrics, so that its cost cannot be compared.")
-        spent = budget.spent(row, epoch) / budget.amount
+        spent = budget.share(row, epoch)
         report(min(1.0, spent))
         over = spent >= 1 - 1e-12
         if not over and spent * settings.points >= len(curve):

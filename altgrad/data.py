@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from altgrad.errors import DataError, MissingExtraError, require
+from altgrad.errors import DataError, MissingExtraError, UsageError, require
 from altgrad.fetch import find, folder_of, get, listing, names, present, remedy, verify
 from altgrad.rng import Key, permutation
 
@@ -59,7 +59,7 @@ def load(name: str, *, data_dir: str | Path | None = None) -> Dataset:
         DataError: the set is missing or damaged, or labels are out of range.
         MissingExtraError: digits needs scikit-learn.
     """
-    find(name)
+    of_images(name)
     if name == "digits":
         return digits()
     home = folder_of(name, data_dir)
@@ -77,7 +77,14 @@ def load(name: str, *, data_dir: str | Path | None = None) -> Dataset:
 
 def shape_of(name: str) -> tuple[tuple[int, ...], int]:
     """(shape of one input, number of classes), known without reading the set."""
-    return SHAPES.get(find(name).name, (64,)), CLASSES
+    of_images(name)
+    return SHAPES.get(name, (64,)), CLASSES
+
+
+def of_images(name: str) -> None:
+    """Raise UsageError unless `name` is a set of images (text is read by text.py)."""
+    if find(name).name not in {"digits", *SHAPES}:
+        raise UsageError(f"{name} is a text, not a set of images; train on it with the problem char-lm. Images: {', '.join(sorted(['digits', *SHAPES]))}.")
 
 
 def digits() -> Dataset:

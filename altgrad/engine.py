@@ -28,6 +28,7 @@ class Needs(Flag):
     ENERGY = auto()
     FIXED_POINT = auto()
     DISCRETE = auto()
+    UNROLL = auto()
 
 
 class Bias(Enum):
@@ -108,6 +109,10 @@ class Engine:
         """The engine's own read-out; most engines read the model's outputs."""
         return problem.forward(params, inputs, problem.buffers())
 
+    def bake(self, problem: "Problem", params: Tree, state: Tree) -> Tree:
+        """`params` such that the model alone computes what `predict` reads out, where that can be had: most engines train the model itself."""
+        return params
+
 
 def flag_names(needs: Needs) -> str:
     """The flags of `needs`, comma separated."""
@@ -125,6 +130,11 @@ def over_ranks(engine: Engine, estimate: Estimate, world: World, examples: int) 
     shares = world.shares(examples, device=estimate.loss.device)
     grads, state, buffers = (world.mean_tree(tree, shares=shares) for tree in (estimate.grads, estimate.state, estimate.buffers))
     return estimate._replace(loss=world.mean(estimate.loss, shares=shares), grads=grads, state=dict(state), buffers=dict(buffers))
+
+
+def data_ranks(engine: Engine, world: World) -> World:
+    """The ranks among whom a step's examples are divided: all of them, or this one alone where a population is divided instead."""
+    return world if engine.split is Split.DATA else World()
 
 
 def fit_check(engine: Engine, problem: "Problem", *, alternatives: Callable[[], Mapping[str, Needs]] | None = None) -> None:
@@ -170,4 +180,5 @@ VIEWS = {
     Needs.ENERGY: "Implement energy(params, s, x)",
     Needs.FIXED_POINT: "Implement step(params, s, x)",
     Needs.DISCRETE: "Set discrete = True and say which parameters take which values",
+    Needs.UNROLL: "Implement start(batch) and unroll(params, carry, batch, buffers), and set `horizon`",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad import registry
-from altgrad.engine import Engine, Tree, fit_check, over_ranks
+from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
 from altgrad.errors import CheckpointError, NumericsError
 from altgrad.problem import Batch, first_tensor, not_finite
 from altgrad.problems.supervised import Supervised
@@ -92,7 +92,7 @@ class Learner:
             self.problem.check_batch(batch)
             self.checked = True
         tensors = self.tensors()
-        batch = batch._replace(first=self.world.place(examples, device=next(iter(tensors.values())).device))
+        batch = batch._replace(first=data_ranks(self.engine, self.world).place(examples, device=next(iter(tensors.values())).device))
         estimate = self.engine.estimate(self.problem, tensors, self.state, batch, self.key.at(self.draws), self.world)
         estimate = over_ranks(self.engine, estimate, self.world, examples)
         if not bool(torch.isfinite(estimate.loss)):

@@ -10,10 +10,10 @@ from torch import nn
 
 from altgrad import registry, rng
 from altgrad.errors import SettingError, UsageError, near_miss
-from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Shape, Transformer
+from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Shape, Transformer, Window
 from altgrad.rng import Key
 
-TABLE: dict[str, Any] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet, "gru": GRU, "lstm": LSTM, "transformer": Transformer}
+TABLE: dict[str, Any] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet, "gru": GRU, "lstm": LSTM, "transformer": Transformer, "window": Window}
 
 
 def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: Iterable[int], classes: int, key: Key) -> nn.Module:
@@ -81,8 +81,9 @@ def number(text: str) -> Any:
 def initialise(model: nn.Module, key: Key) -> None:
     r"""Overwrite every parameter with addressed noise under PyTorch's default laws.
 
-    Linear and convolution: uniform on ±1/√fan_in, weight and bias. GRU and LSTM: uniform on ±1/√hidden. Positions: uniform with standard
-    deviation 0.02. Norms: 1 and 0. Each parameter's stream is named by the parameter, so a layer added leaves the others' values alone.
+    Linear and convolution: uniform on ±1/√fan_in, weight and bias. GRU and LSTM: uniform on ±1/√hidden. Embedding (normal in PyTorch) and
+    Positions: uniform with standard deviation 1 and 0.02. Norms: 1 and 0. Each parameter's stream is named by the parameter, so a layer added
+    leaves the others' values alone.
     """
     for prefix, module in model.named_modules():
         bound = init_bound(module)
@@ -98,6 +99,8 @@ def init_bound(module: nn.Module) -> float | None:
         return 1 / math.sqrt(module.weight[0].numel())
     if isinstance(module, nn.RNNBase):
         return 1 / math.sqrt(module.hidden_size)
+    if isinstance(module, nn.Embedding):
+        return math.sqrt(3)
     return 0.02 * math.sqrt(3) if isinstance(module, Positions) else None
 
 

@@ -1,8 +1,8 @@
-"""Small networks for images, each a frozen dataclass of settings that builds a plain nn.Module (see models.py for names and first weights)."""
+"""Small networks for images and for text, each a frozen dataclass of settings that builds a plain nn.Module (see models.py for names and first weights)."""
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -212,6 +212,45 @@ class Transformer:
         encoders = [Encoder(self.width, self.heads, float(self.dropout)) for _ in range(self.layers)]
         ends = [nn.LayerNorm(self.width), MeanOverTokens(), nn.Linear(self.width, classes)]
         return nn.Sequential(*rows, nn.Linear(features, self.width), Positions(tokens, self.width), *encoders, *ends)
+
+
+class Windows(nn.Module):
+    """[examples, characters] -> [examples, characters, size · width]: the vectors of the last `size` characters at every place, side by side."""
+
+    def __init__(self, vocabulary: int, width: int, size: int):
+        super().__init__()
+        self.embedding, self.size = nn.Embedding(vocabulary, width), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_floating_point():
+            raise UsageError(f"this model reads characters (int64 numbers), but was given {x.dtype}; use it with the problem char-lm.")
+        vectors = self.embedding(nn.functional.pad(x, (self.size - 1, 0)))  # 0 is what comes before the beginning
+        return vectors.unfold(-2, self.size, 1).flatten(-2)
+
+
+class ClassesSecond(nn.Module):
+    """[examples, places, classes] -> [examples, classes, places], as PyTorch's losses take them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(-1, -2)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Text: at every place the vectors of the last `size` characters side by side, an mlp on them, and a score for every next character."""
+
+    size: int = setting(3, "characters that are looked at")
+    width: int = setting(6, "length of a character's vector")
+    hidden: str = setting("32", "widths of the hidden layers")
+    activation: str = setting("tanh", "relu, tanh or gelu")
+
+    reads: ClassVar[str] = "characters"
+
+    def build(self, input_shape: Shape, classes: int) -> nn.Module:
+        whole("size", self.size)
+        whole("width", self.width)
+        layers = MLP(self.hidden, self.activation).build((self.size * self.width,), classes)
+        return nn.Sequential(Windows(classes, self.width, self.size), layers, ClassesSecond())
 
 
 def image_shape(input_shape: Shape) -> tuple[int, int, int]:

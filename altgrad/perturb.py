@@ -1,8 +1,8 @@
 r"""Directions in which a parameter moves: dense or low rank, drawn by address, made when asked for and never stored.
 
 K directions V_1 … V_K of a tensor, each with E[v] = 0 and E[v vᵀ] = I:
-    dense      v ~ N(0, 1) or ±1 elementwise;
-    low rank   V = A Bᵀ / √r with A [m, r], B [n, r] elementwise N(0, 1) or ±1 (a tensor of more axes is taken as [m, rest]).
+    dense      v elementwise N(0, 1), ±1, or uniform on (-√3, √3);
+    low rank   V = A Bᵀ / √r with A [m, r], B [n, r] elementwise of the same laws (a tensor of more axes is taken as [m, rest]).
 """
 
 from collections.abc import Sequence
@@ -11,10 +11,39 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from altgrad.errors import UsageError, near_miss
 from altgrad.kernels import noise
 from altgrad.rng import Key, tensor_id
 
+KURTOSIS = {"normal": 3.0, "sign": 1.0, "uniform": 1.8}
+WIDTH = 12**0.5  # of the uniform law with variance 1
+BLOCK = 1 << 20  # numbers drawn at once while directions are added up: they stay near the processor
 SMALL = 1 << 14  # numbers: directions up to this size (biases, norms) are kept for the step, as drawing them twice costs more
+
+
+def kurtosis(law: str) -> float:
+    """κ = E v⁴ of a law with variance 1; ‖E⟨G, E⟩‖² of a rank-r direction has the mean ‖G‖² [(m-1+κ)(n-1+κ) + (r-1)(mn+2)] / r."""
+    if law not in KURTOSIS:
+        raise UsageError(near_miss("noise law", law, KURTOSIS))
+    return KURTOSIS[law]
+
+
+def draw(
+    law: str,
+    key: Key,
+    tensor: int,
+    members: Sequence[int],
+    shape: Sequence[int],
+    *,
+    start: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Noise of mean 0 and variance 1 at an address, [len(members), *shape]: noise.draw, with uniforms u taken to √12 (u - ½)."""
+    if law != "uniform":
+        return noise.draw(law, key, tensor, members, shape, start=start, dtype=dtype, device=device)
+    # u - ½ is exact in float32 and would not be in a shorter dtype.
+    return noise.draw(law, key, tensor, members, shape, start=start, device=device).sub_(0.5).mul_(WIDTH).to(dtype)
 
 
 class Directions(Protocol):
@@ -49,25 +78,26 @@ class Dense:
         self.used = True
         if self.kept is not None:
             return self.kept
-        drawn = noise.draw(self.law, self.key, self.tensor, self.members, self.shape, dtype=self.dtype, device=self.device)
+        drawn = draw(self.law, self.key, self.tensor, self.members, self.shape, dtype=self.dtype, device=self.device)
         if drawn.numel() <= SMALL:
             self.kept = drawn
         return drawn
 
-    def member(self, index: int) -> Tensor:
-        """One direction, [*shape]."""
-        self.used = True
-        return noise.draw(self.law, self.key, self.tensor, [self.members[index]], self.shape, dtype=self.dtype, device=self.device)[0]
-
     def combine(self, coefficients: Tensor) -> Tensor:
         wide = torch.promote_types(self.dtype, torch.float32)
-        if len(self.members) * self.shape.numel() <= SMALL:
-            return torch.tensordot(coefficients.to(wide), self.dense().to(wide), 1).to(self.dtype)
-        # One member at a time and added in float32: the sum needs one direction's memory, whatever K is.
-        result = torch.zeros(self.shape, dtype=wide, device=self.device)
-        for index in range(len(self.members)):
-            result.addcmul_(self.member(index).to(wide), coefficients[index].to(wide))
-        return result.to(self.dtype)
+        coefficients, size = coefficients.to(wide), self.shape.numel()
+        if self.kept is not None or len(self.members) * size <= SMALL:
+            drawn = self.dense().to(wide).reshape(len(self.members), size)
+            return (coefficients @ drawn).reshape(self.shape).to(self.dtype)
+        # Some members at a time and added in float32: the sum needs one block's memory, whatever K is.
+        result = torch.zeros(size, dtype=wide, device=self.device)
+        block = max(1, BLOCK // max(1, size))
+        for start in range(0, len(self.members), block):
+            members = self.members[start : start + block]
+            drawn = draw(self.law, self.key, self.tensor, members, (size,), dtype=self.dtype, device=self.device)
+            result.addmv_(drawn.to(wide).t(), coefficients[start : start + block])
+        self.used = True
+        return result.reshape(self.shape).to(self.dtype)
 
     def gram(self) -> Tensor:
         flat = self.dense().reshape(len(self.members), -1).double()
@@ -88,7 +118,7 @@ class LowRank:
         self.used = True
         if self.cache is None:
             rows, columns = self.shape[0], self.shape[1:].numel()
-            drawn = noise.draw(self.law, self.key, tensor_id(self.name), self.members, (rows + columns, self.rank), dtype=self.dtype, device=self.device)
+            drawn = draw(self.law, self.key, tensor_id(self.name), self.members, (rows + columns, self.rank), dtype=self.dtype, device=self.device)
             a = drawn[:, :rows]
             self.cache = (a if self.rank == 1 else a * self.rank**-0.5), drawn[:, rows:]
         return self.cache

@@ -26,6 +26,7 @@ class Problem:
     differentiable = True  # TANGENT and REVERSE
     discrete = False  # DISCRETE
     steps_per_epoch: int | None = None
+    horizon: int | None = None  # UNROLL: truncations of an episode
 
     def params(self) -> Tree:
         """The trainable tensors by dotted name (detached or not: engines detach)."""
@@ -73,6 +74,14 @@ class Problem:
         """The mean loss of the batch, a scalar."""
         return self.losses(params, batch, buffers).mean()
 
+    def objective(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        """What rules without derivatives look at, a scalar: the mean loss, in float32 or better."""
+        return self.loss(params, batch, buffers)
+
+    def judge(self, outputs: Any, batch: Batch) -> Tensor:
+        """The objective of outputs that are there already, a scalar; for objectives that no vmap can batch."""
+        raise NotImplementedError
+
     def score(self, outputs: Any, targets: Any) -> Tensor:
         """The losses [N] of outputs against targets, for rules that put heads of their own on a model."""
         raise NotImplementedError
@@ -89,6 +98,17 @@ class Problem:
         """One application of the contraction whose fixed point is the state."""
         raise NotImplementedError
 
+    def start(self, batch: Batch) -> Tree:
+        """The state at the beginning of an episode whose first truncation is `batch`: tensors by name."""
+        raise NotImplementedError
+
+    def unroll(self, params: Tree, carry: Tree, batch: Batch, buffers: Tree) -> tuple[Tensor, Tree]:
+        """One truncation of an episode from the state `carry`: its loss, a scalar, and the next state, of the same names, shapes and dtypes.
+
+        The batch of step t is truncation t mod `horizon` of its episode; what the episode minimises is the sum of its truncations' losses.
+        """
+        raise NotImplementedError
+
     @property
     def classes(self) -> int | None:
         """The number of classes, for labelled problems."""
@@ -102,12 +122,16 @@ class Problem:
         """Held-out figures of `predict(inputs) -> outputs`, for instance {"accuracy": 0.97, "loss": 0.1}."""
         return {}
 
+    @property
+    def facts(self) -> dict[Any, Any]:
+        """What has been found out about the problem so far."""
+        return self.__dict__.setdefault("found", {})
+
     def recall(self, fact: Any, find: Callable[[], Any]) -> Any:
         """A fact about the problem, found the first time it is asked for."""
-        facts = self.__dict__.setdefault("facts", {})
-        if fact not in facts:
-            facts[fact] = find()
-        return facts[fact]
+        if fact not in self.facts:
+            self.facts[fact] = find()
+        return self.facts[fact]
 
     def fresh_buffers(self) -> Tree:
         """Clones of the buffers, which one forward pass may write."""
@@ -135,6 +159,8 @@ class Problem:
                 found |= flag
         if self.discrete:
             found |= Needs.DISCRETE
+        if overrides("start", "unroll") and self.horizon is not None:
+            found |= Needs.UNROLL
         return found
 
 

@@ -27,6 +27,7 @@ COLOURS = {
     "dark": ("#5bb8f0", "#ff8a3d", "#2fcf9f", "#eb9cc8", "#f2bd42", "#9bb7ff", "#b99df5", "#d2a65a"),
 }
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+FIGURES = {"test_accuracy": "Test accuracy", "test_return": "Test return", "test_loss": "Test loss"}  # what is shown, the first that there is
 
 
 def write(comparison: Comparison, folder: str | Path) -> list[Path]:
@@ -100,8 +101,9 @@ def looks(rows: Sequence[Row], theme: str) -> list[dict[str, Any]]:
 
 
 def curves(comparison: Comparison, *, against: str, theme: str = "light") -> bytes:
-    """Accuracy (loss where there is none) against "forwards" or "seconds", as PNG: the mean over seeds in a band of ± one standard deviation."""
-    rows, measured = comparison.rows, "test_accuracy" if any(row.accuracy is not None for row in comparison.rows) else "test_loss"
+    """Accuracy (return or loss where there is none) against "forwards" or "seconds", as PNG: the mean over seeds in a band of ± one standard deviation."""
+    rows = comparison.rows
+    measured = figure_of([point for row in rows for curve in row.curves for point in curve])
     with canvas(8.0, 4.6, theme=theme) as (figure, png):
         axes = figure.subplots()
         lines = [common(row, measured, against) for row in rows]  # [points], [seeds, points]
@@ -121,14 +123,19 @@ def curves(comparison: Comparison, *, against: str, theme: str = "light") -> byt
         if measured == "test_accuracy":
             axes.yaxis.set_major_formatter(percent)
             axes.set_ylim(top=min(101.0, axes.get_ylim()[1]), bottom=max(0.0, axes.get_ylim()[0]))
-        else:
+        elif all((values > 0).all() for _, values in lines) and measured == "test_loss":
             axes.set_yscale("log")
-        what = "Test accuracy" if measured == "test_accuracy" else "Test loss"
+        what = FIGURES[measured]
         seeds = max((len(row.curves) for row in rows), default=0)
         axes.set_ylabel(what.lower())
         axes.set_title(f"{what} on {comparison.settings['problem']}, {seeds} seed{'s' * (seeds != 1)}, band ± 1 standard deviation")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=9, handlelength=2.6)
         return png()
+
+
+def figure_of(points: Sequence[dict[str, Any]]) -> str:
+    """The held-out figure to show: the first of FIGURES that a point has."""
+    return next((name for name in FIGURES if any(point.get(name) is not None for point in points)), "test_loss")
 
 
 def wide(axes: Sequence[np.ndarray]) -> bool:
@@ -205,26 +212,28 @@ def plot_run(run_folder: str | Path, *, beside: str | Path | None = None) -> Pat
     found = [runs.find(folder) for folder in (run_folder, beside) if folder is not None]
     with canvas(8.4, 3.7, theme="light") as (figure, png):
         left, right = figure.subplots(1, 2)
-        held_out = "test_loss"
+        held_out = figure_of([row for run in found for row in run.rows()])
         names = [run.config()["engine"] for run in found]
         names = names if len(set(names)) == len(names) else [run.folder.name for run in found]
+        positive = True
         for run, label, colour in zip(found, names, (COLOURS["light"][0], INK["light"][0]), strict=False):
             rows = run.rows()
             steps, losses = series(rows, "loss")
             left.plot(steps, losses, color=colour, alpha=0.22, linewidth=0.8)
             left.plot(steps, smooth(losses), color=colour, linewidth=1.8, label=label)
-            if any(row.get("test_accuracy") is not None for row in rows):
-                held_out = "test_accuracy"
+            positive = positive and bool((losses > 0).all())
             steps, figures = series(rows, held_out)
             figures = figures * 100 if held_out == "test_accuracy" else figures
             last = f"{label}: {figures[-1]:.1f} %" if held_out == "test_accuracy" and len(figures) else label
             right.plot(steps, figures, color=colour, linewidth=1.8, marker="o" if len(steps) < 60 else None, markersize=3.2, label=last)
-        left.set(title=f"Training loss on {found[0].config()['problem']}", xlabel="step", ylabel="loss (faint: every step)", yscale="log")
+        left.set(
+            title=f"Training loss on {found[0].config()['problem']}", xlabel="step", ylabel="loss (faint: every step)", yscale="log" if positive else "linear"
+        )
         if held_out == "test_accuracy":
             right.yaxis.set_major_formatter(percent)
-        right.set(title="Test accuracy" if held_out == "test_accuracy" else "Test loss", xlabel="step", ylabel=held_out.replace("_", " "))
+        right.set(title=FIGURES[held_out], xlabel="step", ylabel=held_out.replace("_", " "))
         left.legend(loc="upper right")
-        right.legend(loc="lower right" if held_out == "test_accuracy" else "upper right")
+        right.legend(loc="upper right" if held_out == "test_loss" else "lower right")
         return place(found[0].folder / runs.PLOT, png())
 
 

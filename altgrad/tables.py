@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,17 @@ MAPPINGS = ("settings", "tuning")  # columns that a CSV holds as JSON
 LISTS = ("accuracies", "losses")
 
 
+def returns(row: Row) -> list[float]:
+    """The last test returns of a row's seeds; none where the problem has no episodes."""
+    return [curve[-1]["test_return"] for curve in row.curves if curve and curve[-1].get("test_return") is not None]
+
+
 def cells(row: Row) -> list[str]:
     """A row of the table as text."""
-    if row.accuracy is not None:
+    earned = returns(row)
+    if earned:
+        score = f"{statistics.fmean(earned):.1f}" + (f" ± {statistics.stdev(earned):.1f}" if len(earned) > 1 else "")
+    elif row.accuracy is not None:
         score = f"{100 * row.accuracy:.2f} %" + (f" ± {100 * row.accuracy_spread:.2f}" if row.accuracy_spread is not None else "")
     elif row.loss is not None:
         score = f"{row.loss:.4g}" + (f" ± {row.loss_spread:.2g}" if row.loss_spread is not None else "")
@@ -35,8 +44,10 @@ def cells(row: Row) -> list[str]:
 
 
 def headings(rows: Sequence[Row]) -> list[str]:
-    """COLUMNS, with "test loss" where the problem has no classes."""
-    return ["test loss" if name == "test accuracy" and all(row.accuracy is None for row in rows) else name for name in COLUMNS]
+    """COLUMNS, with "test return" where the problem has episodes, and "test loss" where it has neither those nor classes."""
+    measured = "test loss" if all(row.accuracy is None for row in rows) else "test accuracy"
+    measured = "test return" if any(returns(row) for row in rows) else measured
+    return [measured if name == "test accuracy" else name for name in COLUMNS]
 
 
 def table(rows: Sequence[Row], *, title: str | None = None) -> Table:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from altgrad import checkpoint, optimizer_state, runs, signals
-from altgrad.engine import Estimate, Tree, over_ranks
+from altgrad.engine import Estimate, Tree, data_ranks, over_ranks
 from altgrad.errors import Interrupted, NumericsError, ShapeError
 from altgrad.kernels import noise
 from altgrad.optimizers import wants_closure
@@ -42,12 +42,13 @@ class Result:
 
 
 def step(training: Training) -> Mapping[str, Tensor]:
-    """One update: key → batch → estimate → mean over ranks → finite check → p.grad → clip → optimizer → state and buffers → metrics.
+    """One update: learning rate → key → batch → estimate → mean over ranks → finite check → p.grad → clip → optimizer → state and buffers → metrics.
 
     Raises:
         NumericsError: the loss or a gradient is NaN or infinite; names it, the engine and the step. The parameters are as before.
     """
-    batch = training.problem.batch(training.step, training.world)
+    training.schedule.apply(training.optimizer.param_groups, training.rates, fraction=training.fraction)  # all evaluations of a closure share it
+    batch = training.problem.batch(training.step, data_ranks(training.engine, training.world))
     estimate = fill(training, batch)
     if wants_closure(training.optimizer):
         descend(training, batch, estimate)
@@ -212,7 +213,7 @@ def loop(training: Training, stop: signals.StopSignals, *, keep: int, on_step: A
         last = training.step >= training.total_steps
         log = last or training.step % training.settings.log_every == 0
         if log or on_step is not None:
-            row = {**base_row(training), **{name: plain(value) for name, value in metrics.items() if name not in COUNTS}}
+            row = {**base_row(training), **rate_row(training), **{name: plain(value) for name, value in metrics.items() if name not in COUNTS}}
             if log:
                 append(training, row)
             last = bool(on_step is not None and on_step(training, row)) or last
@@ -252,6 +253,11 @@ def base_row(training: Training) -> Row:
     """What every row starts with."""
     counts = {name: training.count(name) for name in COUNTS}
     return {"step": training.step, "epoch": training.epoch, **counts, "seconds": training.seconds}
+
+
+def rate_row(training: Training) -> Row:
+    """The learning rate of the step just made, where a schedule changes it."""
+    return {"lr": training.optimizer.param_groups[0]["lr"]} if training.rates else {}
 
 
 def append(training: Training, row: Row) -> None:

@@ -5,6 +5,7 @@ All randomness is addressed by (seed, step), so a checkpoint holds tensors and c
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from altgrad.errors import CheckpointError, NumericsError, SettingError, near_mi
 from altgrad.kernels import noise
 from altgrad.problem import Problem
 from altgrad.rng import Key
+from altgrad.schedules import Schedule
 from altgrad.world import World
 
 EPOCHS = 10  # where neither epochs nor steps are given and the problem has no default of its own
@@ -44,6 +46,8 @@ class TrainSettings:
     optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer")
     optimizer_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the optimizer"})
     lr: float | None = option(None, "learning rate; none for the problem's default, or the optimizer's where another optimizer is chosen")
+    schedule: str = option("constant", "how the learning rate changes along the run: constant, cosine or linear")
+    warmup: float = option(0.0, "share of the run in which the learning rate rises to its full height, in [0, 1)")
     epochs: int | None = option(None, "passes over the data; none for the problem's default, unless steps is given")
     steps: int | None = option(None, "updates, instead of epochs")
     seed: int = option(0, "names all randomness: weights, order, noise; 0 to 2^64 - 1")
@@ -60,6 +64,7 @@ class TrainSettings:
         require(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2^64)")
         require(self.clip is None or self.clip > 0, "clip", self.clip, "above 0")
         require(self.lr is None or self.lr >= 0, "lr", self.lr, "0 or more")
+        Schedule(self.schedule, self.warmup)
         for entry in fields(self):  # JSON has no tuples: the same value before and after config.json
             if isinstance(getattr(self, entry.name), dict):
                 object.__setattr__(self, entry.name, {key: tupled(value) for key, value in getattr(self, entry.name).items()})
@@ -86,6 +91,8 @@ class Training:
     state: Tree
     total_steps: int
     world: World
+    rates: tuple[float, ...] = ()  # the base learning rate of every parameter group; empty where it never changes
+    share: Callable[["Training"], float] | None = None  # the share of the run that is done, where something other than its steps decides
     step: int = 0
     seconds: float = 0.0  # in steps alone, without evaluation and saving
     counts: Tree = field(default_factory=lambda: {name: torch.zeros((), dtype=torch.float64) for name in COUNTS})
@@ -97,6 +104,16 @@ class Training:
     def key(self) -> Key:
         """The address of this step's noise."""
         return Key(self.settings.seed).fold("estimate").at(self.step)
+
+    @property
+    def schedule(self) -> Schedule:
+        """How the learning rate changes."""
+        return Schedule(self.settings.schedule, self.settings.warmup)
+
+    @property
+    def fraction(self) -> float:
+        """The share of the run that is done, in [0, 1]."""
+        return min(1.0, self.share(self) if self.share is not None else self.step / self.total_steps)
 
     @property
     def epoch(self) -> int:
@@ -153,6 +170,7 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
         state=engine.init(problem, values, key.fold("init")),
         total_steps=total,
         world=world,
+        rates=Schedule(settings.schedule, settings.warmup).rates(optimizer.param_groups, optimizer=settings.optimizer),
         counts={name: torch.zeros((), dtype=torch.float64, device=device) for name in COUNTS},
     )
 

@@ -84,9 +84,10 @@ def test_compiled_words_are_bit_equal_or_the_failure_is_counted():
         return
     assert noise.compile_failures() == 0
     lanes = noise.COMPILED_BLOCKS[0]
-    counters, owners = torch.arange(7, 7 + lanes), torch.full((lanes,), 2**32 - 1)
-    seeds = torch.tensor([2**32 - 2, KEY.step, KEY.seed & 0xFFFFFFFF, KEY.seed >> 32])
-    words = noise.build(noise.words_block, lanes)(counters, owners, seeds)
+    counters, owners = torch.arange(3, 3 + lanes), torch.full((lanes,), 2**32 - 3)
+    seeds = torch.tensor([2**32 - 4, KEY.step, KEY.seed & 0xFFFFFFFF, KEY.seed >> 32, 4, 2])  # the addresses of a block and what moves it are added
+    words = torch.empty(lanes, 4, dtype=torch.int64)
+    noise.build(noise.words_block, lanes, torch.int64)(counters, torch.full((lanes,), 2), owners, seeds, *words.unbind(1))
     assert np.array_equal(words.numpy().reshape(-1), rng.words(KEY, 2**32 - 2, [2**32 - 1], 7, lanes)[0].astype(np.int64))
 
 
@@ -100,7 +101,7 @@ def test_compiled_normals_run_the_compiled_block(monkeypatch):
     normal(KEY, 1, range(16), (256,), compiled=True)
     normal(KEY, 1, range(1), (36_000,), compiled=True)
     normal(KEY, 1, range(1), (140_000,), compiled=True)
-    assert calls == [1024, 8192, 8192, 32768, 32768]
+    assert calls == [1024, 8192, 1024, 32768, 1024, 1024, 1024]
 
 
 def test_a_failed_compilation_is_warned_of_once_counted_and_drawn_eagerly(monkeypatch):

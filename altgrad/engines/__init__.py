@@ -3,4 +3,7 @@
 TABLE = {
     "backprop": "altgrad.engines.backprop:Backprop",
     "forward": "altgrad.engines.forward:Forward",
+    "es": "altgrad.engines.evolution:ES",
+    "eggroll": "altgrad.engines.evolution:Eggroll",
+    "spsa": "altgrad.engines.evolution:SPSA",
 }

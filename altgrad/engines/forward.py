@@ -19,6 +19,7 @@ from altgrad.errors import CapabilityError, SettingError, require
 from altgrad.forward_mode import Dual, Trace, following_custom_functions, primal_of
 from altgrad.forward_mode.activities import ActivityTrace, independent_rows
 from altgrad.forward_mode.guide import PREFIX, Guide
+from altgrad.forward_mode.together import draw_together
 from altgrad.kernels import scratch
 from altgrad.perturb import Dense, Directions, Steered, directions
 from altgrad.problem import Batch, Problem
@@ -107,7 +108,7 @@ class Forward(Engine):
         heads = {}
         for name, weight in weights[:-1]:
             drawn = Dense(key.fold("guess"), PREFIX + name, weight.new_empty(classes, weight.shape[0]), [0], "normal")
-            heads[PREFIX + name] = drawn.member(0) * weight.shape[0] ** -0.5
+            heads[PREFIX + name] = drawn.dense()[0] * weight.shape[0] ** -0.5
         return heads
 
     def init(self, problem: Problem, params: Tree, key: Key) -> Tree:
@@ -159,7 +160,9 @@ class Forward(Engine):
     def moves(self, params: Tree, state: Tree, members: Sequence[int], key: Key, *, lead: bool) -> dict[str, Any]:
         """K directions for every parameter."""
         if self.guess != "momentum":
-            return {name: directions(key, name, value, members, law=self.noise, rank=self.rank) for name, value in params.items()}
+            moves = {name: directions(key, name, value, members, law=self.noise, rank=self.rank) for name, value in params.items()}
+            draw_together(moves, key, members, self.noise)
+            return moves
         norm = torch.stack([state[f"guide.{name}"].double().square().sum() for name in params]).sum().sqrt().clamp_min(1e-30)
         base = {name: Dense(key, name, value, members, self.noise) for name, value in params.items()}
         guide = {name: (state[f"guide.{name}"].double() / norm).to(value.dtype) for name, value in params.items()}

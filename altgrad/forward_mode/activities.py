@@ -22,13 +22,15 @@ from altgrad.errors import CapabilityError
 from altgrad.forward_mode.custom import following_custom_functions
 from altgrad.forward_mode.dual import Dual, Trace
 from altgrad.forward_mode.guide import Guide
-from altgrad.kernels import noise, scratch
+from altgrad.forward_mode.lazy import Copied, Lazy
+from altgrad.kernels import noise
 from altgrad.perturb import Dense
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key, tensor_id
 from altgrad.samplers import AddressedSamplers
 
 Local = Callable[[Tensor], list[Tensor | None]]
+LONG = 1 << 14  # numbers: noise of a site, one tangent's, from which a pass over all of it costs more than a call for each tangent
 
 
 class SiteParameter:
@@ -100,11 +102,11 @@ class ActivityTrace(Trace):
         self.dtypes = {name: value.dtype for name, value in params.items()}
         return {name: Dual(value, None, self, SiteParameter(self, name, value)) for name, value in params.items()}
 
-    def base(self, drawn: Tensor) -> Tensor | None:
+    def base(self, drawn: Tensor) -> Tensor | Lazy | None:
         if self.guide is not None:
             return None
         # A record needs its noise as it was drawn, so the sum grows in a copy: the same additions as without a record, the same bits.
-        return scratch.empty(drawn.shape, drawn.dtype, drawn.device).copy_(drawn) if self.store and not self.plain else drawn
+        return Copied(drawn) if self.store and not self.plain else drawn
 
     def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         if torch.is_autocast_enabled(like.device.type):
@@ -120,7 +122,7 @@ class ActivityTrace(Trace):
 
     def site(
         self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Local, *, channel: int, drawn: Tensor | None = None, included: bool = False
-    ) -> Tensor | None:
+    ) -> Tensor | Lazy | None:
         first, second, name = owners_of(weight, bias)
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
         if drawn is None:
@@ -140,10 +142,11 @@ class ActivityTrace(Trace):
         if not self.guides:
             if included:
                 return tangent
-            start = self.base(drawn)
-            assert start is not None or self.guide is not None
-            start = drawn.clone() if start is None else start  # never the record's own: an in-place activation may write into it
-            return start if tangent is None else start.add_(tangent)
+            start = Copied(drawn) if self.guide is not None else self.base(drawn)  # never the record's own: an in-place activation may write into it
+            assert start is not None
+            if tangent is None:
+                return start
+            return (start.whole() if isinstance(start, Lazy) else start).add_(tangent)
         tangent = output.new_zeros(self.members, *output.shape) if tangent is None else tangent
         tangent[: len(self.draws)] += drawn
         if unit is not None:
@@ -177,7 +180,7 @@ class ActivityTrace(Trace):
             spread = (-1, *(1 for _ in drawn.shape[1:]))
             share = moved.mean(1)
         coefficients = (share[:count] / self.scale).to(drawn.dtype).reshape(spread)
-        delta = drawn.mul_(coefficients).sum(0)  # in place: nothing asks for this noise again
+        delta = weighted_sum(drawn, coefficients)
         if unit is not None:
             delta += unit * share[slot].to(drawn.dtype).reshape(spread[1:] if by_example else ())
         for owner, grad in zip(owners, local(delta), strict=False):
@@ -216,6 +219,16 @@ class FirstRow(ActivityTrace):
 
     def fallen(self, name: str, value: Tensor) -> Tensor:
         return value.new_zeros(1, *value.shape)
+
+
+def weighted_sum(drawn: Tensor, coefficients: Tensor) -> Tensor:
+    """Σ_k c_k drawn_k, [...]; reads long noise once, and may use up short noise, which nothing asks for again."""
+    if not len(drawn) or drawn[0].numel() < LONG:
+        return drawn.mul_(coefficients).sum(0)
+    total = drawn[0] * coefficients[0]
+    for k in range(1, len(drawn)):
+        total.addcmul_(drawn[k], coefficients[k])
+    return total
 
 
 def independent_rows(problem: Problem, weights: dict[str, Tensor], batch: Batch, key: Key) -> bool:

@@ -1,5 +1,6 @@
 """A tensor with K tangents, and how a torch function finds its rule."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,10 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.errors import CapabilityError
+from altgrad.forward_mode.lazy import Lazy
 
 RULES: dict[Any, Callable[..., Any]] = {}  # torch function -> rule(trace, *args, **kwargs)
 DECOMPOSED: set[Any] = set()  # the rules that stand in for a missing forward formula: counted
 LAYERS: set[Any] = set()  # the rules of parametric layers, whose outputs may be perturbed
+ATTRIBUTES = ("shape", "ndim", "dtype", "device")
+KEEPING: set[Any] = {torch.Tensor.size, torch.Tensor.dim, *(getattr(torch.Tensor, name).__get__ for name in ATTRIBUTES)}  # leave waiting tangents waiting
 
 
 class Source(Protocol):
@@ -33,13 +37,22 @@ class Trace:
         self.fallbacks: Counter[str] = Counter()  # "decomposition:lstm" -> calls
         self.rungs: dict[Any, str] = {}  # torch function -> the rung it was found to need
         self.mixes_examples: list[str] = []  # layers that computed with statistics over the batch
+        self.waiting: list[weakref.ref[Dual]] = []  # those whose tangents are not made yet
         self.plain = False  # a replay: nothing but the layers' own perturbations matters, tangents do not flow
+
+    def make(self) -> None:
+        """Make every tangent that waits: before any function that may write, or hand out memory that is written to later."""
+        for reference in self.waiting:
+            dual = reference()
+            if dual is not None and dual.lazy is not None:
+                _ = dual.tangent
+        self.waiting.clear()
 
     def draw_ahead(self, weight: Any, bias: Any, shape: tuple[int, ...], like: Tensor) -> Tensor | None:
         """The noise of the site that comes next, drawn before its output exists; None where that cannot be known yet."""
         return None
 
-    def base(self, drawn: Tensor) -> Tensor | None:
+    def base(self, drawn: Tensor) -> Tensor | Lazy | None:
         """A tensor that holds a site's noise and may be added to; None where the noise is not simply added."""
         return None
 
@@ -54,7 +67,7 @@ class Trace:
         channel: int,
         drawn: Tensor | None = None,
         included: bool = False,
-    ) -> Tensor | None:
+    ) -> Tensor | Lazy | None:
         """Where a parametric layer's output may be perturbed; plain traces leave the tangent alone."""
         return tangent
 
@@ -65,17 +78,25 @@ class Dual(torch.Tensor):
     primal: Tensor
     taken_on: Trace  # (`trace` is a tensor's own method)
     source: Any
+    lazy: Lazy | None
     _tangent: Tensor | None
 
     @staticmethod
-    def __new__(cls, primal: Tensor, tangent: Tensor | None, trace: Trace, source: Any = None) -> "Dual":
+    def __new__(cls, primal: Tensor, tangent: Tensor | Lazy | None, trace: Trace, source: Any = None) -> "Dual":
         self = torch.Tensor._make_wrapper_subclass(cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device)
-        self.primal, self._tangent, self.taken_on, self.source = primal, tangent, trace, source
+        self.primal, self.lazy, self._tangent, self.taken_on, self.source = primal, None, None, trace, source
+        if isinstance(tangent, Lazy):
+            self.lazy = tangent
+            trace.waiting.append(weakref.ref(self))
+        else:
+            self._tangent = tangent
         return self
 
     @property
     def tangent(self) -> Tensor:
-        """The tangents [K, *shape], made now where they come from a source."""
+        """The tangents [K, *shape], made now where they wait or come from a source."""
+        if self.lazy is not None:
+            self._tangent, self.lazy = self.lazy.whole(), None
         return self._tangent if self._tangent is not None else self.source.dense()
 
     @classmethod
@@ -107,15 +128,20 @@ def strip(tree: Any) -> Any:
 
 def find_trace(args: Any, kwargs: Any) -> Trace:
     """The trace of the first Dual among the arguments."""
+    for leaf in args:  # nearly always there, and found without a walk through nests
+        if isinstance(leaf, Dual):
+            return leaf.taken_on
     return next(leaf.taken_on for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Dual))
 
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` on arguments some of which are Duals."""
+    trace = find_trace(args, kwargs)
+    if trace.waiting and func not in KEEPING:
+        trace.make()
     if not torch.is_grad_enabled():  # inside the model's own no_grad, autograd would not follow either
         return run_plain(func, args, kwargs)
     rule = RULES.get(func)
-    trace = find_trace(args, kwargs)
     if trace.plain and func not in LAYERS:
         return run_plain(func, args, kwargs)
     if rule is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from altgrad.forward_mode.dual import Dual, Trace, primal_of, tangent_of
 from altgrad.forward_mode.ladder import lift
+from altgrad.forward_mode.lazy import Lazy, Outer, multiply
 from altgrad.forward_mode.rules import add, align, mul, rule
 from altgrad.kernels import scratch
 from altgrad.perturb import LowRank
@@ -35,7 +36,7 @@ def finish(
     weight: Any,
     bias: Any,
     value: Tensor,
-    tangent: Tensor | None,
+    tangent: Tensor | Lazy | None,
     local: Local,
     *,
     channel: int,
@@ -47,41 +48,45 @@ def finish(
     `drawn` is the site's noise where it was drawn ahead; `included` says that `tangent` already holds it.
     """
     if is_site(weight) or is_site(bias):
+        tangent = tangent.whole() if isinstance(tangent, Lazy) else tangent
         tangent = trace.site(weight, bias, value, tangent, local, channel=channel, drawn=drawn, included=included)
     return value if tangent is None else Dual(value, tangent, trace)
 
 
-@rule(F.linear, layer=True)
+@rule(F.linear, layer=True, keeping=True)
 def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
     """y = x Wᵀ + b over the last axis.
 
     What must be drawn is drawn first, while neither y nor its tangent is alive, and tangents are added up in place: at its peak a
-    layer holds x, ẋ, y, ẏ and nothing else of their size.
+    layer holds x, ẋ, y, ẏ and nothing else of their size, and not all of ẋ where that is made a block at a time.
     """
     px, pw = primal_of(x), primal_of(weight)
-    drawn, moves, included = None, None, False
+    low = has_tangents(weight) and isinstance(weight.source, LowRank)
+    drawn, moves, own, included = None, None, None, False
     if is_site(weight) or is_site(bias):
         drawn = trace.draw_ahead(weight, bias, (*px.shape[:-1], pw.shape[0]), px)
-    if has_tangents(weight) and not isinstance(weight.source, LowRank):  # also beside a bias that is a site
+    if has_tangents(weight) and not low:  # also beside a bias that is a site
         moves = weight.tangent  # [K, out, in]
     shift = bias.tangent if has_tangents(bias) else None
     value = F.linear(px, pw, primal_of(bias))
-    tangent = None
+    if low:
+        own, shift = moved_by_factors(px, weight, shift), None
+    tangent: Tensor | Lazy | None = own
     if isinstance(x, Dual) and not trace.plain:
-        fits = drawn is not None and drawn.dtype == pw.dtype == x.dtype
-        start = trace.base(drawn) if fits and drawn is not None else None
-        # One product over all rows of all members; F.linear would run K small ones.
-        if start is None:
-            tangent = product(x.tangent.reshape(-1, pw.shape[1]), pw).view(-1, *value.shape)  # [K, ..., out]
-        else:
-            start.view(-1, pw.shape[0]).addmm_(x.tangent.reshape(-1, pw.shape[1]), pw.T)
-            tangent, included = start, True
-    if has_tangents(weight):
-        tangent = moved_by_weight(px, weight, moves, shift, tangent)
-        shift = shift if moves is not None else None
+        start: Tensor | Lazy | None = None
+        same = px.dtype == pw.dtype and not torch.is_autocast_enabled(px.device.type)  # autocast would choose the dtype
+        if same and drawn is not None and drawn.dtype == pw.dtype:
+            start = trace.base(drawn)
+        included = start is not None
+        if same and start is None and own is not None and own.dtype == pw.dtype:
+            start, own = own, None
+        moved = product(x, pw, start) if same else F.linear(x.tangent, pw)  # [K, ..., out]
+        tangent = moved if own is None else moved.add_(own.whole())
+    if moves is not None:
+        tangent = moved_by_weight(px, moves, tangent if isinstance(tangent, Tensor) else None)
     if shift is not None:
-        moved = align(shift, value.ndim)
-        tangent = moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent.add_(moved)
+        spread = align(shift, value.ndim)
+        tangent = tangent.add_(spread) if isinstance(tangent, Tensor) else spread.expand(-1, *value.shape).contiguous()
 
     def local(delta: Tensor) -> list[Tensor | None]:
         flat = delta.reshape(-1, delta.shape[-1])
@@ -90,40 +95,32 @@ def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
     return finish(trace, weight, bias, value, tangent, local, channel=-1, drawn=drawn, included=included)
 
 
-def product(rows: Tensor, weight: Tensor) -> Tensor:
-    """rows Wᵀ, into a buffer that was used before where that is possible."""
-    if torch.is_autocast_enabled(rows.device.type) or rows.dtype != weight.dtype:
-        return F.linear(rows, weight)  # autocast chooses the dtype
-    return torch.mm(rows, weight.T, out=scratch.empty((rows.shape[0], weight.shape[0]), rows.dtype, rows.device))
+def product(x: Dual, weight: Tensor, start: Tensor | Lazy | None) -> Tensor:
+    """start + ẋ Wᵀ, [K, ..., out], into `start` or a buffer that was used before; F.linear would run K small products."""
+    if x.lazy is not None:
+        return multiply(x.lazy, weight, start)
+    rows, width = x.tangent.reshape(-1, weight.shape[1]), weight.shape[0]
+    if start is None:
+        room = scratch.empty((rows.shape[0], width), rows.dtype, rows.device)
+        return torch.mm(rows, weight.T, out=room).view(*x.tangent.shape[:-1], width)
+    result = start if isinstance(start, Tensor) else start.whole()
+    result.view(-1, width).addmm_(rows, weight.T)
+    return result
 
 
-def moved_by_weight(px: Tensor, weight: Dual, moves: Tensor | None, shift: Tensor | None, tangent: Tensor | None) -> Tensor:
-    """x Ẇ_kᵀ for every k, added to `tangent` [K, ..., out] where there is one; Ẇ as factors of the source or as `moves` [K, out, in].
-
-    With factors the bias's tangent `shift` [K, out] is added as well.
-    """
+def moved_by_factors(px: Tensor, weight: Dual, shift: Tensor | None) -> Outer:
+    """x Ẇ_kᵀ = (x b_k) a_kᵀ for every k, and the bias's tangent `shift` [K, out] with it."""
     flat = px.reshape(-1, px.shape[-1])  # [rows, in]
-    if moves is None:
-        a, b = weight.source.factors()  # [K, out, r], [K, in, r]
-        members, rank = a.shape[0], a.shape[2]
-        if rank == 1:
-            inner = (flat @ b[:, :, 0].T).T[:, :, None]  # [K, rows, 1]
-        else:
-            inner = (flat @ b.permute(1, 0, 2).reshape(b.shape[1], -1)).view(-1, members, rank).permute(1, 0, 2)  # [K, rows, r]
-        if tangent is None:
-            outer = scratch.empty((members, flat.shape[0], a.shape[1]), a.dtype, a.device)
-            inner = inner.to(a.dtype)
-            if rank == 1 and shift is not None:  # the bias in the same pass
-                torch.addcmul(shift[:, None], inner, a.transpose(1, 2), out=outer)
-            else:
-                (torch.mul if rank == 1 else torch.matmul)(inner, a.transpose(1, 2), out=outer)
-                outer = outer if shift is None else outer.add_(shift[:, None])
-            return outer.view(members, *px.shape[:-1], a.shape[1])
-        tangent = tangent if shift is None else tangent.add_(align(shift, tangent.ndim - 1))
-        view = tangent.view(members, -1, a.shape[1])
-        for r in range(rank):
-            view.addcmul_(inner[:, :, r : r + 1].to(view.dtype), a[:, None, :, r].to(view.dtype))
-        return tangent
+    a, b = weight.source.factors()  # [K, out, r], [K, in, r]
+    members, rank = a.shape[0], a.shape[2]
+    inner = (flat @ b.permute(1, 0, 2).reshape(b.shape[1], -1)).view(-1, members, rank).permute(1, 0, 2)  # [K, rows, r]
+    shape = torch.Size((members, *px.shape[:-1], a.shape[1]))
+    return Outer(inner.to(a.dtype), a.transpose(1, 2), None if shift is None else shift[:, None].to(a.dtype), shape)
+
+
+def moved_by_weight(px: Tensor, moves: Tensor, tangent: Tensor | None) -> Tensor:
+    """x Ẇ_kᵀ for every k, moves [K, out, in], added to `tangent` [K, ..., out] where there is one."""
+    flat = px.reshape(-1, px.shape[-1])  # [rows, in]
     if tangent is None:
         return torch.matmul(flat, moves.transpose(1, 2)).reshape(moves.shape[0], *px.shape[:-1], moves.shape[1])
     view = tangent.view(moves.shape[0], -1, moves.shape[1])

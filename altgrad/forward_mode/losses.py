@@ -26,7 +26,7 @@ def cross_entropy(
     """D(-log softmax(z)_y)[ż] = ⟨softmax(z) - e_y, ż⟩ for class labels y; anything more elaborate goes to PyTorch's formula."""
     labels = isinstance(target, Tensor) and not isinstance(target, Dual) and target.ndim == 1 and not target.is_floating_point()
     plain = weight is None and size_average is None and reduce is None and label_smoothing == 0.0 and reduction in {"none", "mean", "sum"}
-    if not (labels and plain and isinstance(input, Dual) and input.ndim == 2) or bool((target == ignore_index).any()):
+    if not (labels and plain and isinstance(input, Dual) and input.primal.ndim == 2) or bool((target == ignore_index).any()):
         rest = (target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         return lift(trace, F.cross_entropy, (input, *rest), {})
     value = F.cross_entropy(primal_of(input), target, reduction="none")  # [N]

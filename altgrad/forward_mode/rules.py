@@ -7,17 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from altgrad.forward_mode.dual import DECOMPOSED, LAYERS, RULES, Dual, Trace, primal_of, tangent_of
+from altgrad.forward_mode.dual import DECOMPOSED, KEEPING, LAYERS, RULES, Dual, Trace, primal_of, tangent_of
 from altgrad.forward_mode.ladder import lift
-from altgrad.kernels import scratch
+from altgrad.forward_mode.lazy import Masked
 
 Rule = Callable[..., Any]
 
 
-def rule(*functions: Any, decomposed: bool = False, layer: bool = False) -> Callable[[Rule], Rule]:
+def rule(*functions: Any, decomposed: bool = False, layer: bool = False, keeping: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule for torch functions; `decomposed` ones stand in for a missing forward formula and are counted.
 
-    `layer` marks the rules whose outputs may be perturbed (they end in `finish`, or call such rules).
+    `layer` marks the rules whose outputs may be perturbed (they end in `finish`, or call such rules), `keeping` those that leave the
+    tangents waiting which they do not need: they write to nothing that was there before.
     """
 
     def register(function: Rule) -> Rule:
@@ -27,6 +28,8 @@ def rule(*functions: Any, decomposed: bool = False, layer: bool = False) -> Call
                 DECOMPOSED.add(target)
             if layer:
                 LAYERS.add(target)
+            if keeping:
+                KEEPING.add(target)
         return function
 
     return register
@@ -124,13 +127,14 @@ for owner, names in ((torch, ELEMENTWISE_NAMES), (torch.Tensor, ELEMENTWISE_NAME
     register(elementwise, owner, names)
 
 
-@rule(F.relu, torch.relu, torch.Tensor.relu)
+@rule(F.relu, torch.relu, torch.Tensor.relu, keeping=True)
 def relu(trace: Trace, x: Dual, inplace: bool = False) -> Dual:
-    """D relu(x)[t] = t where x > 0, else 0 (autograd's choice at 0)."""
+    """D relu(x)[t] = t where x > 0, else 0 (autograd's choice at 0): a mask that the next layer applies as it reads."""
     value = torch.relu(x.primal)
-    room = scratch.empty(x.tangent.shape, x.tangent.dtype, x.device)
-    tangent = torch.ops.aten.threshold_backward.grad_input(x.tangent, x.primal.expand_as(x.tangent), 0, grad_input=room)
-    return overwrite(x, value, tangent) if inplace else Dual(value, tangent, trace)
+    if inplace:
+        trace.make()  # others may wait for the tangent that is written to
+        return overwrite(x, value, Masked(x.tangent, value).whole())
+    return Dual(value, Masked(x.tangent if x.lazy is None else x.lazy, value), trace)
 
 
 @rule(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)

@@ -21,43 +21,31 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from altgrad.errors import UsageError, near_miss, require
-from altgrad.kernels import scratch
+from altgrad.kernels import addresses, philox, scratch
+from altgrad.kernels.addresses import Part, Piece
+from altgrad.kernels.philox import MASK, TURN, UNIT
 from altgrad.rng import LAWS, MULTIPLIERS, ROUNDS, WEYL, Key
 
-MASK = 0xFFFFFFFF
 LANES = 64  # blocks are padded to a multiple: whole vectors on every CPU, so no value is computed in a shorter tail
 SMALL_BLOCK = 8192  # counters: 384 KiB of temporaries, and they stay in the second-level cache
-LARGE_BLOCK = 32768  # counters, once there is enough to share among threads or to fill a device
-LARGE_DRAW = 2**18  # counters from which the large block is used
+MIDDLE_BLOCK, MIDDLE_DRAW = 16384, 2**16  # counters, and from how many on: fewer calls for a large draw
+LARGE_BLOCK, LARGE_DRAW = 32768, 2**18  # once there is enough to share among threads or to fill a device
 SIGN_PIECE = 256  # counters unpacked at once: 128 KiB of signs
+EACH = {"normal": 4, "uniform": 4, "integers": 4, "sign": 128}  # elements a counter serves
+SHORT = {"normal": SMALL_BLOCK, "uniform": SMALL_BLOCK, "sign": SIGN_PIECE}  # counters: drawn in one go, by kept addresses
+SHORT_COMPILED = addresses.KEPT
 COMPILED_BLOCKS = (1024, 8192, 32768)  # counters: small ones for the many short vectors of low-rank noise, a large one to pay a call's overhead once
 NANOSECONDS_SAVED = 8.0  # a normal, compiled against eager (measured on one thread)
 COMPILE_BUDGET = 30.0  # seconds both blocks may take on a cold cache
-UNIT = 2.0**-24
-TURN = float(torch.tensor(2 * math.pi, dtype=torch.float32)) * UNIT  # exactly float32(2π) · 2^-24: the angle rounds once, as in rng.py
 
-Block = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Piece(NamedTuple):
-    """Counters [low, high) of the members in rows [top, bottom), at `offset` of a block."""
-
-    offset: int
-    top: int
-    bottom: int
-    low: int
-    high: int
-
-    @property
-    def size(self) -> int:
-        return (self.bottom - self.top) * (self.high - self.low)
+Block = Callable[..., Any]  # (counters, tensors, owners, seeds, four outputs)
 
 
 def draw(
@@ -90,185 +78,229 @@ def draw(
     """
     if law not in LAWS:
         raise UsageError(near_miss("noise law", law, LAWS))
-    count = math.prod(shape)
-    with temporarily_clear_interpreter_stack():  # below torch.func's levels: no wrapper to pay for, and memory a compiled block can write to
-        out = scratch.empty((len(members), count), dtype, torch.device(device or "cpu"))
-        _fill(out, law, key, tensor, members, start, compiled)
-        return out.view(len(members), *shape)
+    size, place, rows = torch.Size(shape), torch.device(device or "cpu"), len(members)
+    count = size.numel()
+    part = _part(law, tensor, members, start, count)
+    _check_members(members)
+    with _Quiet():
+        _count(law, place, rows * count)
+        build = _block_for(law, place, compiled) if rows * count else None
+        if 0 < rows * part.width <= (SHORT[law] if build is None else SHORT_COMPILED):
+            (out,) = _short(law, key, (part,), members, [(start - EACH[law] * part.first, count)], dtype, place, build)
+        else:
+            out = scratch.empty((rows, count), dtype, place)
+            _fill(out, law, key, part, members, start, build)
+        return out.view(rows, *size)
+
+
+def draw_many(
+    law: str,
+    key: Key,
+    tensors: Sequence[tuple[int, Sequence[int]]],
+    members: Sequence[int],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    compiled: bool | None = None,
+) -> list[Tensor]:
+    """Noise of several tensors, (id, shape of one member's noise) each -> [len(members), *shape] each, equal to `draw` one by one.
+
+    Short tensors share one run of the generator, whose calls cost more than their numbers; long ones are drawn on their own.
+    Arguments and errors as in `draw`.
+    """
+    if law not in LAWS:
+        raise UsageError(near_miss("noise law", law, LAWS))
+    _check_members(members)
+    place, rows = torch.device(device or "cpu"), len(members)
+    drawn: dict[int, Tensor] = {}
+    build = _block_for(law, place, compiled)
+    room = SHORT[law] if build is None else SHORT_COMPILED
+    together = []  # (index, shape, part)
+    for index, (tensor, shape) in enumerate(tensors):
+        size = torch.Size(shape)
+        part = _part(law, tensor, members, 0, size.numel())
+        if 0 < rows * part.width <= room:
+            room -= rows * part.width
+            together.append((index, size, part))
+        else:
+            drawn[index] = draw(law, key, tensor, members, shape, dtype=dtype, device=device, compiled=compiled)
+    if together:
+        with _Quiet():
+            _count(law, place, rows * sum(size.numel() for _, size, _ in together))
+            spans = [(0, size.numel()) for _, size, _ in together]
+            values = _short(law, key, tuple(part for _, _, part in together), members, spans, dtype, place, build)
+        drawn.update({index: value.view(rows, *size) for (index, size, _), value in zip(together, values, strict=True)})
+    return [drawn[index] for index in range(len(tensors))]
+
+
+def _count(law: str, device: torch.device, normals: int) -> None:
+    if law == "normal" and device.type == "cpu":
+        _tally.normals += normals
 
 
 def integers(key: Key, tensor: int, members: Sequence[int], shape: Sequence[int], *, start: int = 0, device: torch.device | str | None = None) -> Tensor:
     """The words themselves, uint32 values in int64 [len(members), *shape], bit-equal to rng.integers; arguments as in `draw`."""
-    with temporarily_clear_interpreter_stack():
-        out = torch.empty(len(members), math.prod(shape), dtype=torch.int64, device=device)
-        _fill(out, "integers", key, tensor, members, start, False)
+    part = _part("integers", tensor, members, start, math.prod(shape))
+    _check_members(members)
+    with _Quiet():
+        out = torch.empty(len(members), math.prod(shape), dtype=torch.int64, device=device or "cpu")
+        _fill(out, "integers", key, part, members, start, None)
         return out.view(len(members), *shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------- blocks
 
 
-def _fill(out: Tensor, law: str, key: Key, tensor: int, members: Sequence[int], start: int, compiled: bool | None) -> None:
-    """Write the elements start … start + count - 1 of every member into `out` [members, count], block by block."""
-    rows, count = out.shape
-    each = 128 if law == "sign" else 4  # elements a counter serves
+class _Quiet:
+    """Below torch.func's levels and function modes: no wrapper to pay for, and memory a compiled block can write to."""
+
+    def __enter__(self) -> None:
+        self.levels, self.functions = temporarily_clear_interpreter_stack(), torch._C.DisableTorchFunction()
+        self.levels.__enter__()
+        self.functions.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.functions.__exit__(*error)
+        self.levels.__exit__(*error)
+
+
+def _part(law: str, tensor: int, members: Sequence[int], start: int, count: int) -> Part:
+    """The counters that elements start … start + count - 1 need; refuses what is outside the address."""
+    each = EACH[law]
     require(0 <= tensor <= MASK, "tensor", tensor, "a 32-bit id, see rng.tensor_id")
     require(start >= 0 and start + count <= each << 32, "start", start, f"in [0, {each} · 2^32 - {count}]")
+    first = start // each
+    return Part(tensor, first, -(-(start + count) // each) - first if count else 0)
+
+
+def _check_members(members: Sequence[int]) -> None:
+    if len(members):
+        lowest, highest = (min(members[0], members[-1]), max(members[0], members[-1])) if isinstance(members, range) else (min(members), max(members))
+        require(lowest >= 0 and highest <= MASK, "members", (lowest, highest), "in [0, 2^32)")
+
+
+def _block_for(law: str, device: torch.device, compiled: bool | None) -> dict[int, Block] | None:
+    return _blocks_for(device) if law == "normal" and _wanted(compiled) else None
+
+
+def _short(
+    law: str,
+    key: Key,
+    parts: tuple[Part, ...],
+    members: Sequence[int],
+    spans: list[tuple[int, int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    build: dict[int, Block] | None,
+) -> list[Tensor]:
+    """All parts in one go by kept addresses -> [members, count] each; spans: (start within the first counter, count) of each part."""
+    rows, each = len(members), EACH[law]
+    total = rows * sum(part.width for part in parts)
+    if build is not None:
+        sizes = tuple(_block_sizes(total))
+        values, at, seeds = torch.empty(4 * sum(sizes), dtype=torch.float32, device=device), 0, _seeds(key, 0, 0, 0)
+        for lanes, table in zip(sizes, addresses.plan(parts, members, sizes, device), strict=True):
+            counters, tensors, owners = table.unbind()
+            build[lanes](counters, tensors, owners, seeds, *values[at : at + 4 * lanes].view(lanes, 4).unbind(1))
+            at += 4 * lanes
+    else:
+        lanes = -(-total // LANES) * LANES
+        (table,) = addresses.plan(parts, members, (lanes,), device)
+        state = torch.empty(3, 2, lanes, dtype=torch.int64, device=device)
+        torch.stack((table[0], table[2]), out=state[0])
+        philox.rounds(state, table[1], key.step, philox.constants(key, device))
+        values = philox.FINISH[law](state)
+        values = philox.unpack(values, philox.room(len(values), device)) if law == "sign" else values
+    drawn, at = [], 0
+    for part, (shift, count) in zip(parts, spans, strict=True):
+        end = at + each * rows * part.width
+        piece = values[at:end].view(rows, -1)[:, shift : shift + count].to(dtype)
+        # A copy of what is not whole, and of what is a small part of something larger that would live as long.
+        drawn.append(piece if build is not None and piece.is_contiguous() else piece.clone(memory_format=torch.contiguous_format))
+        at = end
+    return drawn
+
+
+def _fill(out: Tensor, law: str, key: Key, part: Part, members: Sequence[int], start: int, build: dict[int, Block] | None) -> None:
+    """Write the elements start … start + count - 1 of every member into `out` [members, count], block by block."""
+    (rows, count), each, (tensor, first, width) = out.shape, EACH[law], part
     if not rows or not count:
         return
-    lowest, highest = (min(members[0], members[-1]), max(members[0], members[-1])) if isinstance(members, range) else (min(members), max(members))
-    require(lowest >= 0 and highest <= MASK, "members", (lowest, highest), "in [0, 2^32)")
-    first, last = start // each, -(-(start + count) // each)
-    total = rows * (last - first)
-    if law == "normal" and out.device.type == "cpu":
-        _tally.normals += rows * count
-    build = _blocks_for(out.device) if law == "normal" and _wanted(compiled) else None
+    total, shift = rows * width, start - each * first
     if build is not None:
-        capacity = lanes = _block_size(total)
-        space = torch.zeros(2, lanes, dtype=torch.int64)
-        seeds = torch.tensor([tensor, key.step, key.seed & MASK, key.seed >> 32])
-    else:
-        capacity = LARGE_BLOCK if total >= LARGE_DRAW or out.device.type != "cpu" else SMALL_BLOCK
-        capacity = -(-total // -(-total // capacity))  # blocks of equal size: none nearly empty
-        lanes = -(-capacity // LANES) * LANES
-        space = torch.zeros(6 * lanes, dtype=torch.int64, device=out.device)
-        constants = _constants(key, out.device)
-    names = _names(members, out.device)  # [members]
-    if law == "sign":
-        room = torch.empty(1 + 4 * min(SIGN_PIECE, lanes), 32, dtype=torch.int32, device=out.device)
-        torch.arange(31, -1, -1, out=room[0])
-    shift = start - each * first
-    for pieces in _pieces(rows, last - first, capacity, SIGN_PIECE if law == "sign" else capacity):
-        if build is not None:
-            _address(space[0], space[1], pieces, first, names)
-            values = build[lanes](space[0], space[1], seeds).view(-1)
-        else:
-            state = space.view(3, 2, lanes)
-            _address(state[0, 0], state[0, 1], pieces, first, names)
-            _philox(state, tensor, key.step, constants)
-            values = FINISH[law](state)
+        _fill_compiled(out, build, key, part, shift, members)
+        return
+    capacity = LARGE_BLOCK if total >= LARGE_DRAW or out.device.type != "cpu" else MIDDLE_BLOCK if total >= MIDDLE_DRAW else SMALL_BLOCK
+    capacity = -(-total // -(-total // capacity))  # blocks of equal size: none nearly empty
+    lanes = -(-capacity // LANES) * LANES
+    state, ids = torch.zeros(3, 2, lanes, dtype=torch.int64, device=out.device), addresses.names(members, out.device)
+    constants = philox.constants(key, out.device)
+    room = philox.room(4 * min(SIGN_PIECE, lanes), out.device) if law == "sign" else None
+    for begin, end in addresses.blocks(total, capacity):
+        pieces = addresses.pieces(rows, width, begin, end, SIGN_PIECE if room is not None else capacity)
+        addresses.write(state[0, 0], state[0, 1], pieces, first, ids)
+        philox.rounds(state, tensor, key.step, constants)
+        values = philox.FINISH[law](state)
         for piece in pieces:
-            part = values[4 * piece.offset : 4 * (piece.offset + piece.size)]
-            part = (_unpack(part, room) if law == "sign" else part).view(piece.bottom - piece.top, -1)
-            low, high = each * piece.low - shift, each * piece.high - shift  # may stick out of [0, count) at both ends
-            out[piece.top : piece.bottom, max(low, 0) : high] = part[:, max(-low, 0) : part.shape[1] - max(high - count, 0)]
+            drawn = values[4 * piece.offset : 4 * (piece.offset + piece.size)]
+            _place(out, drawn if room is None else philox.unpack(drawn, room), piece, each, shift)
 
 
-def _block_size(counters: int) -> int:
-    """The compiled block that serves so many counters: few calls, and little of the last block wasted."""
-    small, middle, large = COMPILED_BLOCKS
-    return small if counters <= small else large if counters >= large // 2 else middle
+def _place(out: Tensor, drawn: Tensor, piece: Piece, each: int, shift: int) -> None:
+    """Copy the elements of a piece to where they belong; at both ends they may stick out of [0, count)."""
+    drawn = drawn.view(piece.bottom - piece.top, -1)
+    low, high, count = each * piece.low - shift, each * piece.high - shift, out.shape[1]
+    out[piece.top : piece.bottom, max(low, 0) : high] = drawn[:, max(-low, 0) : drawn.shape[1] - max(high - count, 0)]
 
 
-def _pieces(rows: int, width: int, capacity: int, limit: int) -> Iterator[list[Piece]]:
-    """The list of rows · width counters in blocks of `capacity`, each block as rectangles of at most `limit` counters (or one row)."""
-    for begin in range(0, rows * width, capacity):
-        at, end, pieces = begin, min(begin + capacity, rows * width), []
-        while at < end:
-            row, low = divmod(at, width)
-            whole = min(end - at, limit) // width
-            if low == 0 and whole:
-                pieces.append(Piece(at - begin, row, row + whole, 0, width))
-            else:
-                pieces.append(Piece(at - begin, row, row + 1, low, min(width, low + min(end - at, limit))))
-            at += pieces[-1].size
-        yield pieces
-
-
-def _names(members: Sequence[int], device: torch.device) -> Tensor:
-    if isinstance(members, range):
-        return torch.arange(members.start, members.start + members.step * len(members), members.step, device=device)
-    return torch.tensor(list(members), dtype=torch.int64, device=device)
-
-
-def _address(counters: Tensor, owners: Tensor, pieces: list[Piece], first: int, names: Tensor) -> None:
-    """Fill counter words 0 (element // each) and 2 (member) of a block."""
-    for offset, top, bottom, low, high in pieces:
-        end = offset + (bottom - top) * (high - low)
-        torch.arange(first + low, first + high, out=counters[offset : offset + high - low])
-        if bottom - top > 1:
-            grid = counters[offset:end].view(bottom - top, -1)
-            grid[1:].copy_(grid[0])
-            owners[offset:end].view(bottom - top, -1).copy_(names[top:bottom, None])
+def _fill_compiled(out: Tensor, build: dict[int, Block], key: Key, part: Part, shift: int, members: Sequence[int]) -> None:
+    """As `_fill`, by compiled blocks, which write straight into `out` wherever its memory is the list of counters."""
+    (rows, count), (tensor, first, width) = out.shape, part
+    flat = out.view(-1) if out.dtype == torch.float32 and (rows == 1 or (shift == 0 and count % 4 == 0)) else None
+    begin, total, space, ids = 0, rows * width, None, None
+    for lanes in _block_sizes(total):
+        end = min(begin + lanes, total)
+        offsets, zeros = addresses.base(lanes)
+        (row, low), pieces = divmod(begin, width), []
+        if low + lanes <= width:  # within one member: the addresses are those of any such block, moved
+            counters, owners, seeds = offsets, zeros, _seeds(key, tensor, first + low, members[row])
         else:
-            owners[offset:end].fill_(names[top])
+            pieces = addresses.pieces(rows, width, begin, end, lanes)
+            if space is None or ids is None:
+                space, ids = torch.zeros(2, COMPILED_BLOCKS[-1], dtype=torch.int64, device="cpu"), addresses.names(members, out.device)
+            counters, owners, seeds = space[0, :lanes], space[1, :lanes], _seeds(key, tensor, 0, 0)
+            addresses.write(counters, owners, pieces, first, ids)
+        place = 4 * begin - shift
+        if flat is not None and place >= 0 and place + 4 * lanes <= flat.numel():
+            build[lanes](counters, zeros, owners, seeds, *flat[place : place + 4 * lanes].view(lanes, 4).unbind(1))
+        else:
+            values = torch.empty(lanes, 4, dtype=torch.float32, device="cpu")
+            build[lanes](counters, zeros, owners, seeds, *values.unbind(1))
+            for piece in pieces or addresses.pieces(rows, width, begin, end, lanes):
+                _place(out, values.view(-1)[4 * piece.offset : 4 * (piece.offset + piece.size)], piece, 4, shift)
+        begin = end
 
 
-# ---------------------------------------------------------------------------------------------------------------- eager
+def _seeds(key: Key, tensor: int, counter: int, member: int) -> Tensor:
+    """What a compiled block adds to its addresses, and the key: int64 [6]."""
+    return torch.tensor([tensor, key.step, key.seed & MASK, key.seed >> 32, counter, member], device="cpu")
 
 
-def _constants(key: Key, device: torch.device) -> list[Tensor]:
-    """0-d tensors (cheaper than Python scalars in a small operation): M0, M1, 32, the mask, then the keys [(k1, k0), 1] of every round."""
-    low, high = key.seed & MASK, key.seed >> 32
-    keys = [((high + i * WEYL[1]) & MASK, (low + i * WEYL[0]) & MASK) for i in range(ROUNDS)]
-    numbers = torch.tensor([*MULTIPLIERS, 32, MASK, *(word for pair in keys for word in pair)], device=device)
-    return [*numbers[:4].unbind(), *numbers[4:].view(ROUNDS, 2, 1).unbind()]
-
-
-def _philox(state: Tensor, tensor: int, step: int, constants: list[Tensor]) -> None:
-    """Ten rounds in place on `state` [3, 2, lanes] with rows (c0, c2) in state[0]; leaves rows (c2, c0), (c3, c1) in state[1:].
-
-    One round: P = (c0 · M0, c2 · M1); (c2', c0') = high(P) ^ (c3, c1) ^ (k1, k0); (c3', c1') = low(P). Both rows go through every
-    operation but the product together; only what is multiplied next must be cut to 32 bits.
-    """
-    m0, m1, half, mask, *keys = constants
-    even, odd, product = ((rows, *rows.unbind()) for rows in state.unbind())  # each: both rows, row 0, row 1
-    odd[1].fill_(step)
-    odd[2].fill_(tensor)
-    first, second = even[1:]
-    for both in keys:
-        torch.mul(first, m0, out=product[1])
-        torch.mul(second, m1, out=product[2])
-        torch.bitwise_right_shift(product[0], half, out=even[0])
-        odd[0].bitwise_xor_(even[0]).bitwise_xor_(both).bitwise_and_(mask)
-        even, odd, product = odd, product, even
-        second, first = even[1:]
-
-
-def _words(state: Tensor) -> Tensor:
-    """int64 [4 · lanes]: the words in address order."""
-    return state[1:].flip(1).permute(2, 1, 0).reshape(-1).bitwise_and_(MASK)
-
-
-def _unit(state: Tensor) -> Tensor:
-    """float32 [2, 2, lanes] over state[0]: 2 · (top 23 bits) + 1 of every word, that is the uniform times 2^24, exactly."""
-    state[1:].bitwise_right_shift_(8).bitwise_and_(0xFFFFFF).bitwise_or_(1)
-    return state[0].view(torch.float32).view(2, 2, -1).copy_(state[1:])
-
-
-def _uniforms(state: Tensor) -> Tensor:
-    return _unit(state).mul_(UNIT).flip(1).permute(2, 1, 0).reshape(-1)
-
-
-def _normals(state: Tensor) -> Tensor:
-    """Box-Muller within the memory of `state`: √(-2 ln u₀)·(cos 2πu₁, sin 2πu₁) -> float32 [4 · lanes]."""
-    radius, angle = _unit(state).unbind()  # [pair, lanes] each, pair 1 first
-    radius.mul_(UNIT).log_().mul_(-2).sqrt_()
-    angle.mul_(TURN)
-    circle = state[1].view(torch.float32).view(2, 2, -1)  # [cosine and sine, pair, lanes]
-    torch.cos(angle, out=circle[0])
-    torch.sin(angle, out=circle[1])
-    normals = state[2].view(torch.float32).view(-1, 2, 2).permute(1, 2, 0)  # [pair, cosine and sine, lanes]
-    torch.mul(circle[:, 1], radius[1], out=normals[0])
-    torch.mul(circle[:, 0], radius[0], out=normals[1])
-    return state[2].view(torch.float32).view(-1)
-
-
-def _unpack(words: Tensor, room: Tensor) -> Tensor:
-    """±1 from bits, float32 [32 · words] over `room` int32 [1 + words, 32]: bit i of a word is moved to the sign bit and flips -1.0."""
-    bits = torch.bitwise_left_shift(words.to(torch.int32)[:, None], room[0], out=room[1 : 1 + len(words)])
-    return bits.bitwise_and_(-(2**31)).bitwise_xor_(-0x40800000).view(torch.float32).view(-1)
-
-
-FINISH = {"normal": _normals, "uniform": _uniforms, "sign": _words, "integers": _words}
+def _block_sizes(counters: int) -> Iterator[int]:
+    """The compiled blocks that serve so many counters: few calls (each costs what 2000 counters cost), and little of the last block wasted."""
+    small, middle, large = COMPILED_BLOCKS
+    while counters > 0:
+        size = small if counters <= 3 * small else large if counters >= large // 2 else middle
+        yield size
+        counters -= size
 
 
 # ---------------------------------------------------------------------------------------------------------------- compiled
 
 
-def _expression(counters: Tensor, owners: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words of the counters (counters, seeds[0], owners, seeds[1]) under the key seeds[2:], int64 [lanes] each."""
-    c0, c1, c2, c3 = counters, seeds[0], owners, seeds[1]
+def _expression(counters: Tensor, tensors: Tensor, owners: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words of the counters (counters + seeds[4], tensors + seeds[0], owners + seeds[5], seeds[1]) under the key seeds[2:4], int64 [lanes] each."""
+    c0, c1, c2, c3 = counters + seeds[4], tensors + seeds[0], owners + seeds[5], seeds[1]
     for i in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         k0, k1 = seeds[2] + i * WEYL[0], seeds[3] + i * WEYL[1]
@@ -276,26 +308,33 @@ def _expression(counters: Tensor, owners: Tensor, seeds: Tensor) -> tuple[Tensor
     return c0, c1 & MASK, c2, c3 & MASK
 
 
-def words_block(counters: Tensor, owners: Tensor, seeds: Tensor) -> Tensor:
-    """Words int64 [lanes, 4]: what the compiled normals are made of, compiled on its own to be compared."""
-    return torch.stack(_expression(counters, owners, seeds), dim=-1)
+def words_block(counters: Tensor, tensors: Tensor, owners: Tensor, seeds: Tensor, *out: Tensor) -> tuple[()]:
+    """Words into four int64 [lanes]: what the compiled normals are made of, compiled on its own to be compared."""
+    for place, word in zip(out, _expression(counters, tensors, owners, seeds), strict=True):
+        place.copy_(word)
+    return ()
 
 
-def normals_block(counters: Tensor, owners: Tensor, seeds: Tensor) -> Tensor:
-    """Normals float32 [lanes, 4] of the same counters."""
-    w0, w1, w2, w3 = (((word >> 8) | 1).to(torch.float32) for word in _expression(counters, owners, seeds))
-    pairs = [(torch.sqrt(torch.log(w0 * UNIT) * -2), w1 * TURN), (torch.sqrt(torch.log(w2 * UNIT) * -2), w3 * TURN)]
-    return torch.stack([part for radius, angle in pairs for part in (radius * torch.cos(angle), radius * torch.sin(angle))], dim=-1)
+def normals_block(counters: Tensor, tensors: Tensor, owners: Tensor, seeds: Tensor, *out: Tensor) -> tuple[()]:
+    """Normals of the same counters into four float32 [lanes], every fourth element of the result each."""
+    w0, w1, w2, w3 = (((word >> 8) | 1).to(torch.float32) for word in _expression(counters, tensors, owners, seeds))
+    for (radius, angle), (first, second) in (((w0, w1), out[:2]), ((w2, w3), out[2:])):
+        length, turn = torch.sqrt(torch.log(radius * UNIT) * -2), angle * TURN
+        first.copy_(length * torch.cos(turn))
+        second.copy_(length * torch.sin(turn))
+    return ()
 
 
-def build(function: Callable[[Tensor, Tensor, Tensor], Tensor], size: int) -> Block:
+def build(function: Callable[..., tuple[()]], size: int, dtype: torch.dtype = torch.float32) -> Block:
     """`function` compiled for exactly `size` counters by Inductor; runs without guards, under any function or dispatch mode."""
     from torch._inductor import compile as inductor
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    example = (torch.arange(size), torch.zeros(size, dtype=torch.int64), torch.arange(4))
+    zeros = [torch.zeros(size, dtype=torch.int64, device="cpu") for _ in range(3)]
+    # Memory of its own for each output, so that nothing is compiled for outputs that overlap.
+    example: list[Any] = [*zeros, torch.arange(6, device="cpu"), *(torch.zeros(size, 4, dtype=dtype, device="cpu")[:, 0] for _ in range(4))]
     with torch.no_grad():
-        return inductor(make_fx(function)(*example), list(example))  # type: ignore[return-value]
+        return inductor(make_fx(function)(*example), example)  # type: ignore[return-value]
 
 
 class _Compiler:

@@ -6,4 +6,5 @@ TABLE = {
     "fashion-mnist": "altgrad.problems.images:FashionMNIST",
     "cifar10": "altgrad.problems.images:CIFAR10",
     "quadratic": "altgrad.problems.quadratic:Quadratic",
+    "recurrence": "altgrad.problems.recurrence:Recurrence",
 }

@@ -104,6 +104,17 @@ class Supervised(Problem):
         self.check(value, batch)
         return value.mean() if value.ndim else value
 
+    def objective(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        return self.judge(self.forward(params, batch.inputs, buffers), batch)
+
+    def judge(self, outputs: Any, batch: Batch) -> Tensor:
+        """The mean loss of outputs, which are widened to float32 first: members differ by less than a short float can tell."""
+        value = self.loss_function(tree_map(widened, outputs), batch.targets)
+        if isinstance(value, (int, float)):  # a metric in plain Python; NumPy's floats are floats too
+            value = torch.tensor(float(value))
+        self.check(value, batch)
+        return value.mean() if value.ndim else value
+
     def losses(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
         outputs = self.forward(params, batch.inputs, buffers)
         if self.split_loss is None:
@@ -184,6 +195,11 @@ class Supervised(Problem):
         if not math.isfinite(total) and (wrong := not_finite(inputs)):
             raise NumericsError(f"{self.name}, {split} set: {wrong}")
         return {"accuracy": right / len(inputs), "loss": total / len(inputs)}
+
+
+def widened(leaf: Any) -> Any:
+    """A half-precision tensor in float32; anything else as it is."""
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in {torch.bfloat16, torch.float16} else leaf
 
 
 UNREDUCED: dict[type[nn.Module], Loss] = {

@@ -1,0 +1,308 @@
+r"""Evolution strategies: the gradient of a smoothed loss from the losses of perturbed models; no derivative of anything is taken.
+
+    members       θ_p = θ + σ s_p E_p,  antithetic pairs s = ±1 share E;   E = A Bᵀ/√r (rank r) or dense, unit variance elementwise
+    losses        f_p = f(θ_p), all members in one pass that shares every dense product (altgrad/population)
+    estimate      ĝ = (1/σ) Σ_p w_p s_p E_p,   w = shaping(f); shaping="raw" gives the gradient of E f(θ + σE), unscaled
+
+Presets of one rule: `es` (dense noise), `eggroll` (rank 1), `spsa` (one pair, dense: MeZO's estimate).
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from altgrad import metrics as meters
+from altgrad import shaping as shapings
+from altgrad import sigma as sigmas
+from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
+from altgrad.errors import SettingError, near_miss, require
+from altgrad.perturb import KURTOSIS
+from altgrad.population import Draws, Notes, truncated
+from altgrad.population.fitness import Evaluation, check_memory
+from altgrad.problem import Batch, Problem
+from altgrad.rng import Key
+from altgrad.samplers import AddressedSamplers
+from altgrad.world import World
+
+STATE = "log_sigma"
+
+
+def option(default: Any, meaning: str) -> Any:
+    """A settings field with its meaning."""
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class Evolution(Engine):
+    """What `es`, `eggroll` and `spsa` share.
+
+    Raises:
+        SettingError: a setting out of range, two that exclude each other, an odd population with antithetic pairs, a rank above that of every
+        matrix, or a chunk that the memory does not hold (the message names one that fits).
+    """
+
+    population: int = option(256, "members a step; even with antithetic pairs")
+    rank: int | None = option(None, "of a matrix's perturbation A Bᵀ/√r; None for dense noise")
+    sigma: float = option(0.01, "noise scale in units of the parameters, > 0; the same meaning at every rank")
+    noise: str = option("normal", "law of the noise (of A and B): 'normal', 'sign' or 'uniform'")
+    shaping: str = option("z-score", "losses to weights: " + ", ".join(shapings.SHAPINGS) + "; 'raw' leaves the estimate unscaled")
+    antithetic: bool = option(True, "pairs θ ± σE; False: one-sided, beside the clean loss where the shaping needs it")
+    maximize: bool = option(False, "the objective is a reward: move up")
+    groups: int = option(1, "cut batch and population into so many groups, each seeing its own part of the batch")
+    chunk: int | None = option(None, "directions in memory at once; bounds memory, does not change the result")
+    noise_reuse: int = option(1, "steps that share their noise")
+    sigma_schedule: str = option("constant", "'constant', 'linear', 'cosine' or 'exponential'")
+    sigma_decay: float = option(0.999, "exponential: factor of a step")
+    sigma_floor: float = option(0.1, "share of sigma that a schedule never goes below")
+    sigma_steps: int = option(0, "linear and cosine: steps down to the floor")
+    truncation: str = option("none", "for episodes cut into truncations, members' states running on: 'none', 'pes' or 'nres'")
+    adapt: str = option("none", "'none', 'nes' (one sigma) or 'nes-per-tensor': sigma follows its own natural gradient")
+    seed: int | None = option(None, "of the noise alone; None takes the run's")
+
+    def __post_init__(self) -> None:
+        least = 2 if self.antithetic else 1
+        require(isinstance(self.population, int) and self.population >= least, "population", self.population, f"a whole number >= {least}")
+        require(self.rank is None or self.rank >= 1, "rank", self.rank, "None or a whole number >= 1")
+        if self.noise not in KURTOSIS:
+            raise SettingError(near_miss("noise law", self.noise, KURTOSIS))
+        require(self.groups >= 1, "groups", self.groups, "a whole number >= 1")
+        shapings.check(self.shaping, self.population, pairs=self.antithetic, groups=self.groups if self.grouped else None)
+        require(self.directions % self.groups == 0, "groups", self.groups, f"a divisor of the {self.directions} directions")
+        require(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "None or a whole number >= 1")
+        require(self.noise_reuse >= 1, "noise_reuse", self.noise_reuse, "a whole number >= 1")
+        require(self.adapt in {"none", "nes", "nes-per-tensor"}, "adapt", self.adapt, "'none', 'nes' or 'nes-per-tensor'")
+        self.schedule  # noqa: B018 - checks its settings
+        if self.adapt != "none":
+            require(self.sigma_schedule == "constant", "sigma_schedule", self.sigma_schedule, "'constant' where sigma adapts")
+            sigmas.check_adaptation(law=self.noise, rank=self.rank, shaping=self.shaping)
+        truncated.check(self)
+        require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "None or in [0, 2^64)")
+
+    @property
+    def grouped(self) -> bool:
+        return self.groups > 1 and self.shaping in shapings.TAKES_GROUPS
+
+    @property
+    def directions(self) -> int:
+        return self.population // 2 if self.antithetic else self.population
+
+    @property
+    def schedule(self) -> sigmas.Schedule:
+        return sigmas.Schedule(self.sigma_schedule, sigma=self.sigma, decay=self.sigma_decay, floor=self.sigma_floor, steps=self.sigma_steps)
+
+    @property
+    def needs(self) -> Needs:
+        return Needs.VALUE if self.truncation == "none" else Needs.UNROLL
+
+    @property
+    def split(self) -> Split:
+        return Split.POPULATION
+
+    @property
+    def bias(self) -> Bias:
+        return Bias.SMOOTHED
+
+    def init(self, problem: Problem, params: Tree, key: Key) -> Tree:
+        matrices = {name: min(p.shape[0], p.shape[1:].numel()) for name, p in params.items() if p.ndim >= 2}
+        if self.rank is not None and matrices and self.rank > max(matrices.values()):
+            widest = max(matrices, key=lambda name: matrices[name])
+            raise SettingError(
+                f"rank={self.rank} is not allowed: the widest matrix, {widest!r}, is {tuple(params[widest].shape)} and has rank {matrices[widest]}; "
+                f"it must be at most {matrices[widest]}, or None for dense noise."
+            )
+        if self.truncation != "none":
+            return truncated.first_state(problem, self.population)
+        if self.adapt == "none":
+            return {}
+        count = len(params) if self.adapt == "nes-per-tensor" else 1
+        return {STATE: torch.full((count,), math.log(self.sigma), dtype=torch.float64, device=next(iter(params.values())).device)}
+
+    def draws(self, params: Tree, state: Tree, key: Key, *, silent: Tensor | None = None) -> Draws:
+        """This step's perturbations."""
+        source = key if self.seed is None else Key(self.seed)
+        detached = {name: value.detach() for name, value in params.items()}
+        return Draws(
+            source.fold("evolution").at(key.step // self.noise_reuse),
+            detached,
+            self.directions,
+            sigma=self.scales(detached, state, key),
+            rank=self.rank,
+            law=self.noise,
+            antithetic=self.antithetic,
+            chunk=self.chunk,
+            silent=silent,
+        )
+
+    def scales(self, params: Tree, state: Tree, key: Key) -> float | Tree:
+        """σ: a number, or one tensor a parameter where it adapts."""
+        if self.adapt == "none":
+            return self.schedule.at(key.step)
+        logs = state[STATE].expand(len(params))
+        return {name: logs[place].exp().to(value.dtype) for place, (name, value) in enumerate(params.items())}
+
+    def estimate(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key, world: World) -> Estimate:
+        if self.truncation != "none":
+            return truncated.estimate(self, problem, params, state, batch, key, world)
+        index = shapings.group_index(self.population, self.groups, pairs=self.antithetic) if self.groups > 1 else None
+        quiet = shapings.silent(self.shaping, self.population, index if self.grouped else None)[: self.directions] if self.shaping == "baseline-pair" else None
+        draws, notes = self.draws(params, state, key, silent=quiet), Notes()
+        evaluation = Evaluation(problem, draws, batch, key, notes, groups=self.groups, index=index)
+        problem.recall(("population memory", self, problem.batch_size_of(batch)), lambda: self.fit_memory(problem, params, state, batch, key))
+        fitness = shared_among(evaluation.run(world.share(self.directions)), draws, world)
+        clean, buffers = self.clean(problem, draws, batch, key)
+        _, odd = shapings.clean_fitness(fitness)
+        weights = shapings.shape(
+            self.shaping, fitness, pairs=self.antithetic, clean=clean, groups=index if self.grouped else None, maximize=self.maximize
+        )
+        self.warn_if_equal(problem, fitness, key)
+        mean = fitness.double().mean() if quiet is None else fitness.double()[~torch.cat([quiet, quiet]).to(fitness.device)].mean()
+        loss = clean if clean is not None else mean
+        passes = self.population / self.groups + (clean is not None)
+        metrics = {
+            "forwards": torch.tensor(passes, dtype=torch.float64),
+            "backwards": torch.zeros(()),
+            "fitness_deviation": fitness.double().std(correction=0),
+            "sigma": torch.as_tensor(draws.scale(next(iter(params)))).double(),
+            "members_not_finite": odd,
+            **{name: torch.tensor(count) for name, count in notes.metrics().items()},
+        }
+        return Estimate(loss.detach(), Moves(draws, weights), self.next_state(draws, state, weights), metrics, buffers)
+
+    def clean(self, problem: Problem, draws: Draws, batch: Batch, key: Key) -> tuple[Tensor | None, Tree]:
+        """The unperturbed loss and the buffers it leaves, where the shaping or the buffers need that pass."""
+        buffers = problem.fresh_buffers()
+        if self.antithetic and not buffers:
+            return None, {}
+        with torch.no_grad(), AddressedSamplers(key.fold("samplers"), first=batch.first, examples=problem.batch_size_of(batch)):
+            return problem.objective(draws.params, batch, buffers), buffers
+
+    def next_state(self, draws: Draws, state: Tree, weights: Tensor) -> Tree:
+        if self.adapt == "none":
+            return state
+        squares, sizes = [], []
+        for name, value in draws.params.items():
+            squares.append(draws.squares(name))
+            sizes.append(value.numel())
+        each = torch.stack(squares, 1)  # [D, T]
+        total = sum(sizes)
+        if self.adapt == "nes":
+            each = (each @ torch.tensor(sizes, dtype=torch.float64, device=each.device) / total)[:, None]
+        each = torch.cat([each, each]) if self.antithetic else each
+        return {STATE: sigmas.adapt(state[STATE], weights.to(each.device), each, dimension=total)}
+
+    def warn_if_equal(self, problem: Problem, fitness: Tensor, key: Key) -> None:
+        """Say once that nothing is learnt where no member differs; a look at the device now and then, not every step."""
+        if "members equal" in problem.facts or len(fitness) < 2 or (fitness.is_cuda and key.step % 100):
+            return
+        if bool((fitness == fitness[0]).all()):
+            problem.facts["members equal"] = True
+            warnings.warn(
+                f"all {len(fitness)} members have the loss {float(fitness[0]):.6g} at step {key.step}: the update is zero. "
+                "Raise sigma, use a larger batch, or an objective that tells members apart.",
+                stacklevel=2,
+            )
+
+    def fit_memory(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key) -> bool:
+        """Measure one direction, and refuse a chunk that would not fit."""
+        draws = self.draws(params, state, key)
+
+        def measure() -> int:
+            probe = Draws(draws.key, draws.params, 1, sigma=draws.sigma, rank=self.rank, law=self.noise, antithetic=self.antithetic)
+            index = torch.zeros(2 if self.antithetic else 1, dtype=torch.int64) if self.groups > 1 else None
+            with meters.live_bytes(exclude=draws.params.values()) as meter:
+                Evaluation(problem, probe, batch, key, Notes(), groups=self.groups, index=index).run(range(1))
+            return meter.peak
+
+        check_memory(measure, draws, setting=self.chunk)
+        return True
+
+
+class Moves(Mapping[str, Tensor]):
+    """ĝ = (1/σ) Σ_p w_p s_p E_p, one tensor at a time as it is asked for."""
+
+    def __init__(self, draws: Draws, weights: Tensor):
+        self.draws, self.weights = draws, weights
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.draws.params[name]
+        moved = self.draws.combine(name, self.weights.to(device=value.device))
+        return (moved / self.draws.scale(name)).to(value.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.draws.params)
+
+    def __len__(self) -> int:
+        return len(self.draws.params)
+
+
+def shared_among(own: Tensor, draws: Draws, world: World) -> Tensor:
+    """Every rank's losses as one [P]: 4 bytes a member are all that ranks send."""
+    if world.size == 1:
+        return own
+    longest = -(-draws.count // world.size)
+    halves = own.float().reshape(2 if draws.antithetic else 1, -1)  # [halves, own directions]
+    padded = torch.nn.functional.pad(halves, (0, longest - halves.shape[1]))
+    counts = [len(World(rank, world.size).share(draws.count)) for rank in range(world.size)]
+    parts = [part[:, :count] for part, count in zip(world.gather(padded), counts, strict=True)]
+    return torch.cat(parts, 1).reshape(-1)
+
+
+@dataclass(frozen=True)
+class ES(Evolution):
+    """Dense noise in every parameter.
+
+    Source: Salimans et al. 2017, arXiv 1703.03864.
+    """
+
+    @property
+    def name(self) -> str:
+        return "es"
+
+    @property
+    def source(self) -> str:
+        return "Salimans et al. 2017, arXiv 1703.03864, algorithm 1"
+
+
+@dataclass(frozen=True)
+class Eggroll(Evolution):
+    """Low-rank noise in every matrix, dense noise in vectors: a population at the speed of inference.
+
+    Source: Sarkar et al. 2025 (EGGROLL), equations 4 to 6.
+    """
+
+    rank: int | None = option(1, "of a matrix's perturbation A Bᵀ/√r; None for dense noise")
+
+    @property
+    def name(self) -> str:
+        return "eggroll"
+
+    @property
+    def source(self) -> str:
+        return "Sarkar et al. 2025, EGGROLL, arXiv 2511.16652, equation 6"
+
+
+@dataclass(frozen=True)
+class SPSA(Evolution):
+    """Simultaneous perturbation with m draws: population = 2 m (central) or m with antithetic=False (one-sided).
+
+    sign-m: shaping="sign". FZOO: antithetic=False, noise="sign", shaping="fzoo".
+
+    Source: Spall 1992; Malladi et al. 2023 (MeZO), arXiv 2305.17333, definition 1.
+    """
+
+    population: int = option(2, "2 m for m central draws; m with antithetic=False")
+    sigma: float = option(1e-3, "step of the finite difference in units of the parameters, > 0")
+    shaping: str = option("raw", "losses to weights: " + ", ".join(shapings.SHAPINGS))
+
+    @property
+    def name(self) -> str:
+        return "spsa"
+
+    @property
+    def source(self) -> str:
+        return "Malladi et al. 2023, MeZO, arXiv 2305.17333, definition 1"

@@ -1,0 +1,137 @@
+r"""The perturbations of one step, drawn by address and forgotten: member p stands at θ + σ s_p E_d(p).
+
+With antithetic pairs D directions serve 2 D members, signs s = +1 for the first D and -1 for the last D; without, s = 1 and D members.
+A matrix gets E = A Bᵀ/√r (rank r) or a dense E, everything else a dense one; E has unit variance elementwise.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from altgrad.engine import Tree
+from altgrad.kernels import scratch
+from altgrad.perturb import Dense, LowRank, directions
+from altgrad.rng import Key
+from altgrad.sigma import low_rank_squares
+
+
+class Chunk(NamedTuple):
+    """Some directions and what their members' parameters are made of."""
+
+    first: int  # number of the first direction
+    count: int  # directions
+    thin: dict[str, tuple[Tensor, Tensor]]  # name -> L [P, m, r] (σ and sign in it) and R [P, n, r]
+    full: Tree  # name -> θ + σ s E, [P, *shape]
+
+
+class Draws:
+    """Directions of all parameters at one key.
+
+    Args:
+        key: seed and step of the noise.
+        params: what is perturbed, by name.
+        count: directions, D.
+        sigma: the scale of the noise: one number, or one a parameter.
+        rank: of a matrix's perturbation; None for dense ones.
+        law: "normal", "sign" or "uniform", each with unit variance.
+        antithetic: two members a direction, θ ± σE.
+        chunk: directions evaluated at once; None for all.
+        silent: directions whose members stand at θ itself.
+    """
+
+    def __init__(
+        self,
+        key: Key,
+        params: Tree,
+        count: int,
+        *,
+        sigma: float | Tensor | Tree,
+        rank: int | None,
+        law: str,
+        antithetic: bool,
+        chunk: int | None = None,
+        silent: Tensor | None = None,
+    ):
+        self.key, self.params, self.count, self.sigma, self.rank, self.law = key, params, count, sigma, rank, law
+        self.antithetic, self.size, self.silent = antithetic, min(chunk or count, count), silent
+        self.kept: dict[str, Dense | LowRank] = {}  # of the only chunk
+
+    @property
+    def members(self) -> int:
+        return self.count * (2 if self.antithetic else 1)
+
+    def moves(self, name: str, first: int, count: int) -> Dense | LowRank:
+        """The directions first … first + count - 1 of one parameter."""
+        if name in self.kept:
+            return self.kept[name]
+        found = directions(self.key, name, self.params[name], range(first, first + count), law=self.law, rank=self.rank)
+        if count == self.count:
+            self.kept[name] = found
+            if isinstance(found, Dense) and len(found.shape) < 2:
+                found.kept = found.dense()  # a vector's noise is as small as a factor's
+        return found
+
+    def scale(self, name: str) -> float | Tensor:
+        """σ of one parameter."""
+        return self.sigma[name] if isinstance(self.sigma, dict) else self.sigma
+
+    def signed(self, drawn: Tensor, name: str, first: int) -> Tensor:
+        """σ s E for all members of a chunk: [D, …] -> [D, …] or, with pairs, [2 D, …]."""
+        sigma = self.scale(name)
+        if self.silent is not None:
+            loud = ~self.silent[first : first + len(drawn)].to(drawn.device)
+            drawn = drawn * loud.reshape(-1, *(1 for _ in drawn.shape[1:])).to(drawn.dtype)
+        if not self.antithetic:
+            return drawn * sigma
+        both = scratch.empty((2 * len(drawn), *drawn.shape[1:]), drawn.dtype, drawn.device)
+        torch.mul(drawn, sigma, out=both[: len(drawn)])
+        torch.mul(drawn, -sigma, out=both[len(drawn) :])
+        return both
+
+    def twice(self, drawn: Tensor) -> Tensor:
+        """[D, …] -> [2 D, …], for both members of every pair."""
+        both = scratch.empty((2 * len(drawn), *drawn.shape[1:]), drawn.dtype, drawn.device)
+        both.view(2, *drawn.shape).copy_(drawn)
+        return both
+
+    def chunks(self, within: range | None = None) -> Sequence[tuple[int, int]]:
+        """(first direction, directions) of every chunk of `within`, all directions by default."""
+        within = range(self.count) if within is None else within
+        return [(first, min(self.size, within.stop - first)) for first in range(within.start, within.stop, self.size)]
+
+    def chunk(self, first: int, count: int) -> Chunk:
+        """What the members of these directions are made of."""
+        thin, full = {}, {}
+        for name, value in self.params.items():
+            moves = self.moves(name, first, count)
+            if isinstance(moves, LowRank):
+                a, b = moves.factors()
+                thin[name] = self.signed(a, name, first), self.twice(b) if self.antithetic else b
+            else:
+                full[name] = self.signed(moves.dense(), name, first).add_(value)
+        return Chunk(first, count, thin, full)
+
+    def squares(self, name: str) -> Tensor:
+        """The mean squared entry of each direction's E, [D] in float64."""
+        found = []
+        for first, count in self.chunks():
+            moves = self.moves(name, first, count)
+            found.append(low_rank_squares(*moves.factors()) if isinstance(moves, LowRank) else moves.dense().double().square().flatten(1).mean(1))
+        return torch.cat(found)
+
+    def combine(self, name: str, weights: Tensor) -> Tensor:
+        """Σ_p w_p s_p E_p of one parameter; weights [P] laid out as the members are.
+
+        Directions are drawn again chunk by chunk, so that the sum needs one chunk's memory.
+        """
+        along = weights[: self.count] - weights[self.count :] if self.antithetic else weights
+        if self.silent is not None:
+            along = along.masked_fill(self.silent.to(along.device), 0.0)
+        total: Tensor | None = None
+        for first, count in self.chunks():
+            part = self.moves(name, first, count).combine(along[first : first + count])
+            total = part if total is None else total.add_(part)
+        assert total is not None
+        return total

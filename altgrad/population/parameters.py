@@ -1,0 +1,191 @@
+r"""A parameter that acts perturbed: W + L Rᵀ, with thin L [m, r] and R [n, r] that are never multiplied out where a layer has a rule.
+
+Inside torch.func.vmap over a population's members L and R differ from member to member and W does not, so that a layer costs the one dense
+product that all members share and two thin ones. What has no rule gets W + L Rᵀ written out, and is counted.
+
+Source: Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), section 4.2.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from altgrad.errors import CapabilityError
+from altgrad.forward_mode.dual import label, writes_in_place
+
+RULES: dict[Any, Callable[..., Any]] = {}  # torch function -> rule(*args, **kwargs), which may answer NotImplemented
+KEYWORDS: dict[Callable[..., Any], frozenset[str]] = {}  # rule -> the names it takes, where not all: a call with others has no rule
+
+
+def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule for torch functions that meet a perturbed parameter."""
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        taken = inspect.signature(function).parameters
+        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
+            KEYWORDS[function] = frozenset(taken)
+        for target in functions:
+            RULES[target] = function
+        return function
+
+    return register
+
+
+class ChangedInPlace(CapabilityError):
+    """A forward pass writes to a parameter: no way of evaluating a population allows it."""
+
+
+class Perturbed(torch.Tensor):
+    """`mean` + (left · rightᵀ) in the shape of `mean`; a tensor of more than two axes is taken as the matrix [shape[0], rest]."""
+
+    mean: Tensor  # [m, *rest]
+    left: Tensor  # [m, r]
+    right: Tensor  # [n, r], n = the product of rest
+    written_out: Counter[str]  # "parameter: function" -> calls that had no rule
+    parameter: str
+
+    @staticmethod
+    def __new__(cls, mean: Tensor, left: Tensor, right: Tensor, *, parameter: str, written_out: Counter[str]) -> "Perturbed":
+        self = torch.Tensor._make_wrapper_subclass(cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device)
+        self.mean, self.left, self.right, self.parameter, self.written_out = mean, left, right, parameter, written_out
+        return self
+
+    def like(self, mean: Tensor, left: Tensor, right: Tensor) -> "Perturbed":
+        """The same parameter seen through a view."""
+        return Perturbed(mean, left, right, parameter=self.parameter, written_out=self.written_out)
+
+    def dense(self) -> Tensor:
+        """W + L Rᵀ, written out."""
+        return self.mean + torch.matmul(self.left, self.right.mT).reshape(self.mean.shape)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        found = RULES.get(func)
+        if found is not None and (not kwargs or kwargs.keys() <= KEYWORDS.get(found, kwargs.keys())):
+            result = found(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and label(func) in {"T", "mT"}:
+            return transpose(args[0])
+        if name in SHAPES or (name == "__get__" and label(func) in ATTRIBUTES):
+            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+        if name == "detach":
+            return args[0]
+        target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
+        for leaf in tree_leaves(target):
+            if isinstance(leaf, Perturbed):
+                raise ChangedInPlace(
+                    f"{name} would change the parameter {leaf.parameter!r} in place during the forward pass, which a population of models cannot share; "
+                    "change it between steps, or out of place."
+                )
+        return func(*tree_map(written_out_for(func), args), **tree_map(written_out_for(func), kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise CapabilityError(f"a perturbed parameter reached {func} without passing a torch function; its perturbation would be lost.")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Perturbed({self.parameter}, shape={tuple(self.mean.shape)}, rank={self.left.shape[-1]})"
+
+
+def mean_of(value: Any) -> Any:
+    """The unperturbed tensor."""
+    return value.mean if isinstance(value, Perturbed) else value
+
+
+def plain(value: Any) -> Any:
+    """A perturbed tensor in the place of an input: written out, and noted."""
+    return written_out_for("as an input")(value)
+
+
+def written_out_for(func: Any) -> Callable[[Any], Any]:
+    """Writes perturbed parameters out for a function that has no rule, and notes it."""
+
+    def write(value: Any) -> Any:
+        if not isinstance(value, Perturbed):
+            return value
+        value.written_out[f"{value.parameter}: {func if isinstance(func, str) else label(func)}"] += 1
+        return value.dense()
+
+    return write
+
+
+@rule(torch.t, torch.Tensor.t)
+def transpose(weight: Perturbed) -> Any:
+    """(W + L Rᵀ)ᵀ = Wᵀ + R Lᵀ."""
+    return weight.like(weight.mean.mT, weight.right, weight.left) if weight.ndim == 2 else NotImplemented
+
+
+@rule(torch.transpose, torch.Tensor.transpose)
+def transpose_axes(input: Perturbed, dim0: int, dim1: int) -> Any:
+    if input.ndim != 2 or {dim0 % 2, dim1 % 2} != {0, 1}:
+        return NotImplemented
+    return transpose(input)
+
+
+@rule(torch.swapaxes, torch.Tensor.swapaxes)
+def swap_axes(input: Perturbed, axis0: int, axis1: int) -> Any:
+    return transpose_axes(input, axis0, axis1)
+
+
+@rule(torch.Tensor.__getitem__)
+def rows(weight: Any, index: Any) -> Any:
+    """Some rows and columns: (W + L Rᵀ)[rows, columns] = W[rows, columns] + L[rows] R[columns]ᵀ."""
+    if not isinstance(weight, Perturbed):
+        return NotImplemented
+    if isinstance(index, tuple) and len(index) == weight.ndim == 2 and all(isinstance(part, slice) for part in index):
+        return weight.like(weight.mean[index], weight.left[index[0]], weight.right[index[1]])
+    if not isinstance(index, slice):
+        return NotImplemented
+    return weight.like(weight.mean[index], weight.left[index], weight.right)
+
+
+@rule(torch.chunk, torch.Tensor.chunk)
+def chunk(input: Perturbed, chunks: int, dim: int = 0) -> Any:
+    if dim != 0:
+        return NotImplemented
+    return tuple(input.like(mean, left, input.right) for mean, left in zip(input.mean.chunk(chunks), input.left.chunk(chunks), strict=True))
+
+
+@rule(torch.split, torch.Tensor.split)
+def split(tensor: Perturbed, split_size: Any, dim: int = 0) -> Any:
+    if dim != 0:
+        return NotImplemented
+    return tuple(tensor.like(mean, left, tensor.right) for mean, left in zip(tensor.mean.split(split_size), tensor.left.split(split_size), strict=True))
+
+
+@rule(torch.Tensor.contiguous, torch.Tensor.requires_grad_)
+def itself(weight: Perturbed, *args: Any, **kwargs: Any) -> Perturbed:
+    return weight
+
+
+def casting(func: Any) -> Callable[..., Any]:
+    """Another precision or device: of W, L and R alike."""
+
+    def run(weight: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(weight, Perturbed):
+            return NotImplemented
+        args = tree_map(mean_of, args)
+        return weight.like(*(func(part, *args, **kwargs) for part in (weight.mean, weight.left, weight.right)))
+
+    return run
+
+
+for method in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type_as):
+    RULES[method] = casting(method)
+
+SHAPES = frozenset(
+    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous get_device __len__ is_signed "
+    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like result_type __hash__ is_cuda".split()
+)
+ATTRIBUTES = frozenset(
+    "shape dtype device ndim requires_grad is_cuda is_leaf layout is_sparse is_quantized is_meta is_mkldnn is_cpu names itemsize nbytes grad_fn grad "
+    "is_nested is_mps".split()
+)
