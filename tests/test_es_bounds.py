@@ -1,5 +1,7 @@
 """Bounds: every kind keeps evaluations inside, leaves the inside alone, and lets an optimum on a face be found."""
 
+import warnings
+
 import numpy as np
 import pytest
 from es_runs import NAMES
@@ -8,6 +10,8 @@ from altgrad.errors import SettingError, ShapeError
 from altgrad.es import Bounds, functions, minimize
 from altgrad.es.bounds import KINDS
 
+DIRECTIONAL = ("cma-es", "xnes", "lm-ma-es")
+pytestmark = pytest.mark.filterwarnings("ignore:.*with clipped bounds:UserWarning")
 INSIDE = [kind for kind in KINDS if kind != "none"]
 MIXED = (np.array([-2.0, -np.inf, 0.0, -np.inf]), np.array([np.inf, 3.0, 1.0, np.inf]))  # one face, the other, both, none
 FAR = np.random.default_rng(0).normal(size=(500, 4)) * 20
@@ -61,14 +65,23 @@ def test_no_strategy_evaluates_outside(name, how):
     assert ((np.array(seen) >= MIXED[0]) & (np.array(seen) <= MIXED[1])).all()
 
 
-@pytest.mark.parametrize("how", INSIDE)
-@pytest.mark.parametrize("name", ["cma-es", "sep-cma-es", "xnes", "snes", "lm-ma-es"])
+FACES = [(name, how) for name in ("cma-es", "xnes", "sep-cma-es", "snes", "cem") for how in INSIDE if how != "clip" or name not in DIRECTIONAL]
+
+
+@pytest.mark.parametrize(("name", "how"), FACES, ids=lambda value: value)
 def test_an_optimum_on_a_face_is_found(name, how):
-    found = minimize(
-        lambda x: functions.sphere(x - np.array([0.5, 4.0, -3.0])), np.zeros(3), strategy=name, sigma=0.5, max_evaluations=6_000, bounds=Bounds(-1, 2, how)
-    )
-    np.testing.assert_allclose(found.x, [0.5, 2.0, -1.0], atol=1e-3)
-    assert found.fun == functions.sphere(found.x - np.array([0.5, 4.0, -3.0]))
+    shift = np.array([0.5, 4.0, -3.0])
+    found = minimize(lambda x: functions.sphere(x - shift), np.zeros(3), strategy=name, sigma=0.5, max_evaluations=6_000, bounds=Bounds(-1, 2, how))
+    np.testing.assert_allclose(found.x, [0.5, 2.0, -1.0], atol=1e-4)
+    assert found.fun == functions.sphere(found.x - shift)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_clipping_warns_where_directions_are_learned(name):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        minimize(functions.sphere, np.ones(3), strategy=name, sigma=0.5, max_evaluations=100, bounds=Bounds(-2, 2, "clip"))
+    assert [("with clipped bounds can end early" in str(warning.message)) for warning in caught] == [True] * (name in DIRECTIONAL)
 
 
 @pytest.mark.parametrize("how", INSIDE)

@@ -60,9 +60,9 @@ def test_a_function_of_ones_own_is_searched(tmp_path, monkeypatch):
 
 
 def test_a_maximum_is_searched_on_request(tmp_path, monkeypatch):
-    (tmp_path / "simulator.py").write_text("def gain(population):\n    return 5 - (population ** 2).sum(1)\n")
+    (tmp_path / "wind_tunnel.py").write_text("def gain(population):\n    return 5 - (population ** 2).sum(1)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert result("--function", "simulator:gain", "--x0", "1,1", "--vectorized", "--maximize", "--target", "4.999")["fun"] >= 4.999
+    assert result("--function", "wind_tunnel:gain", "--x0", "1,1", "--vectorized", "--maximize", "--target", "4.999")["fun"] >= 4.999
 
 
 def test_a_folder_holds_log_plot_result_and_state(tmp_path):

@@ -359,6 +359,7 @@ RULELESS = {
     "spectral norm, eval": (layer(lambda: parametrizations.spectral_norm(nn.Linear(5, 4)), (6, 5), train=False), "parametrizations.weight.original"),
     "weight times weight": (free(lambda w, b, x: x @ (w @ w), (5, 5), (6, 5)), "weight: as an input"),
     "a vector's product": (free(lambda w, b, x: torch.mv(w, x), (4, 5), (5,)), "weight: mv"),
+    "standardised": (free(lambda w, b, x: x @ ((w - w.mean(1, keepdim=True)) / w.norm()).T, (4, 5), (6, 5)), "weight: mean"),
     "stacked": (free(lambda w, b, x: F.linear(x, torch.cat([w, w])), (4, 5), (6, 5)), "weight: cat"),
     "one row": (free(lambda w, b, x: x + w[1], (4, 5), (6, 5)), "weight: __getitem__"),
     "unexpected keyword": (free(lambda w, b, x: torch.matmul(input=x, other=w), (5, 4), (6, 5)), ""),

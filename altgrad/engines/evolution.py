@@ -23,7 +23,7 @@ from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import SettingError, near_miss, require
 from altgrad.perturb import KURTOSIS
 from altgrad.population import Draws, Notes, truncated
-from altgrad.population.fitness import Evaluation, check_memory
+from altgrad.population.fitness import Evaluation, check_memory, shared_among, told
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
@@ -155,18 +155,15 @@ class Evolution(Engine):
         problem.recall(("population memory", self, problem.batch_size_of(batch)), lambda: self.fit_memory(problem, params, state, batch, key))
         fitness = shared_among(evaluation.run(world.share(self.directions)), draws, world)
         clean, buffers = self.clean(problem, draws, batch, key)
-        _, odd = shapings.clean_fitness(fitness)
-        weights = shapings.shape(
-            self.shaping, fitness, pairs=self.antithetic, clean=clean, groups=index if self.grouped else None, maximize=self.maximize
-        )
-        self.warn_if_equal(problem, fitness, key)
-        mean = fitness.double().mean() if quiet is None else fitness.double()[~torch.cat([quiet, quiet]).to(fitness.device)].mean()
+        weights = shapings.shape(self.shaping, fitness, pairs=self.antithetic, clean=clean, groups=index if self.grouped else None, maximize=self.maximize)
+        self.warn_if_equal(problem, fitness, weights, key)
+        mean, deviation, odd = told(fitness, quiet)
         loss = clean if clean is not None else mean
         passes = self.population / self.groups + (clean is not None)
         metrics = {
             "forwards": torch.tensor(passes, dtype=torch.float64),
             "backwards": torch.zeros(()),
-            "fitness_deviation": fitness.double().std(correction=0),
+            "fitness_deviation": deviation,
             "sigma": torch.as_tensor(draws.scale(next(iter(params)))).double(),
             "members_not_finite": odd,
             **{name: torch.tensor(count) for name, count in notes.metrics().items()},
@@ -193,16 +190,22 @@ class Evolution(Engine):
         if self.adapt == "nes":
             each = (each @ torch.tensor(sizes, dtype=torch.float64, device=each.device) / total)[:, None]
         each = torch.cat([each, each]) if self.antithetic else each
-        return {STATE: sigmas.adapt(state[STATE], weights.to(each.device), each, dimension=total)}
+        weights = weights.to(each.device)
+        if draws.silent is not None:
+            loud = ~torch.cat([draws.silent, draws.silent]).to(each.device)
+            weights, each = weights[loud], each[loud]
+        return {STATE: sigmas.adapt(state[STATE], weights, each, dimension=total)}
 
-    def warn_if_equal(self, problem: Problem, fitness: Tensor, key: Key) -> None:
+    def warn_if_equal(self, problem: Problem, fitness: Tensor, weights: Tensor, key: Key) -> None:
         """Say once that nothing is learnt where no member differs; a look at the device now and then, not every step."""
         if "members equal" in problem.facts or len(fitness) < 2 or (fitness.is_cuda and key.step % 100):
             return
-        if bool((fitness == fitness[0]).all()):
+        if not bool(weights.any()):
             problem.facts["members equal"] = True
+            low, high = float(fitness.min()), float(fitness.max())
+            seen = f"have the loss {low:.6g}" if low == high else f"cannot be told apart (losses from {low:.6g} to {high:.6g})"
             warnings.warn(
-                f"all {len(fitness)} members have the loss {float(fitness[0]):.6g} at step {key.step}: the update is zero. "
+                f"all {len(fitness)} members {seen} at step {key.step}: the update is zero. "
                 "Raise sigma, use a larger batch, or an objective that tells members apart.",
                 stacklevel=2,
             )
@@ -238,18 +241,6 @@ class Moves(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.draws.params)
-
-
-def shared_among(own: Tensor, draws: Draws, world: World) -> Tensor:
-    """Every rank's losses as one [P]: 4 bytes a member are all that ranks send."""
-    if world.size == 1:
-        return own
-    longest = -(-draws.count // world.size)
-    halves = own.float().reshape(2 if draws.antithetic else 1, -1)  # [halves, own directions]
-    padded = torch.nn.functional.pad(halves, (0, longest - halves.shape[1]))
-    counts = [len(World(rank, world.size).share(draws.count)) for rank in range(world.size)]
-    parts = [part[:, :count] for part, count in zip(world.gather(padded), counts, strict=True)]
-    return torch.cat(parts, 1).reshape(-1)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ class Strategy(Generic[S]):
     state_class: ClassVar[type[State]] = State
     antithetic: ClassVar[bool] = False  # members come as pairs mean ± ε, so λ is even
     fewest: ClassVar[int] = 2
+    stands_clipping: ClassVar[bool] = True  # False: points laid onto a face of the box flatten what it learns of directions
 
     def __post_init__(self) -> None:
         require(is_number(self.sigma) and 0 < self.sigma < np.inf, "sigma", self.sigma, "a number above 0")

@@ -1,7 +1,8 @@
 r"""A box for strategies that know none: where members are evaluated, and what the strategy is told.
 
     none       x as it is
-    clip       evaluated at the nearest point of the box, and told there; the mean is kept inside
+    clip       evaluated at the nearest point of the box, and told there; the mean is kept inside. For strategies without directions: a matrix is
+               flattened by points that lie on a face
     reflect    folded at the faces like light between mirrors: f outside is f of the mirror image, so nothing is distorted inside
     transform  two bounds: x = c + h sin((u - c)/h), c the middle and h half the width; one bound: x = l + √(1 + (u - l)²) - 1
     penalty    evaluated at the nearest point x', told f(x') + r Σ ((x - x')_i / s_i)², r the interquartile range of f and s_i the

@@ -45,6 +45,7 @@ class CMAES(Strategy[CMAState]):
     source: ClassVar[str] = "Hansen, The CMA evolution strategy: a tutorial, arXiv 1604.00772"
     state_class: ClassVar[type[State]] = CMAState
     fewest: ClassVar[int] = 4
+    stands_clipping: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

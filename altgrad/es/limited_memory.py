@@ -41,6 +41,7 @@ class LMMAES(Strategy[LimitedState]):
     source: ClassVar[str] = "Loshchilov, Glasmachers, Beyer, arXiv 1705.06693"
     state_class: ClassVar[type[State]] = LimitedState
     fewest: ClassVar[int] = 4
+    stands_clipping: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -84,6 +84,7 @@ class XNES(Strategy[MatrixState]):
     name: ClassVar[str] = "xnes"
     source: ClassVar[str] = "Glasmachers et al., Exponential natural evolution strategies, GECCO 2010; JMLR 15 (2014), algorithm 5"
     state_class: ClassVar[type[State]] = MatrixState
+    stands_clipping: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,6 +1,7 @@
 """One search as steps: `Search` is what the user asked for, `Progress` how far it has come; a step is a function of both and of f."""
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -61,6 +62,9 @@ class Search:
             raise SettingError(f"max_evaluations={self.max_evaluations} is less than one generation of {members} members; allow more, or set population.")
         if self.surrogate is not None and not hasattr(self.strategy, "guide"):
             raise SettingError(f"surrogate was given to {self.strategy.name}, which has no use for it; use guided-es.")
+        if self.bounds.how == "clip" and not self.strategy.stands_clipping:
+            words = "can end early where the optimum lies on a face: clipped points flatten its matrix. Bounds of the kind reflect or penalty do not."
+            warnings.warn(f"{self.strategy.name} with clipped bounds {words}", stacklevel=4)
         if checkpoint is not None:
             storage.check_suffix(Path(checkpoint))
             if Path(checkpoint).exists():

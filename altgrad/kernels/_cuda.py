@@ -8,6 +8,7 @@ r"""All Triton: Philox noise, the population's layer, the update and the dense a
 A noise tile is [members, rows, rank]. Where its elements fill whole counters (rank a power of two, tiles aligned) every counter is worked
 out once; otherwise each element works out its own. One program writes each output and sums go in one order: nothing depends on timing.
 
+Loops have constant bounds (a kernel is compiled for each width and population): what the compiler likes, and Triton 3.6's interpreter needs.
 Functions have the names and arguments of operators.py. TRITON_INTERPRET=1 runs them on CPU tensors.
 """
 
@@ -152,7 +153,7 @@ def _fill_kernel(out, ids, count, begin, shift, k0, k1, step, name, LAW: tl.cons
 
 
 @triton.jit(do_not_specialize=SEEDS)
-def _axpy_kernel(out, coefficients, ids, people, count, k0, k1, step, name, LAW: tl.constexpr, BLOCK: tl.constexpr):
+def _axpy_kernel(out, coefficients, ids, people: tl.constexpr, count, k0, k1, step, name, LAW: tl.constexpr, BLOCK: tl.constexpr):
     """out[e] += Σ_p c_p noise_p[e] in float32, rounded once."""
     k0, k1, step, name = k0.to(tl.uint32, bitcast=True), k1.to(tl.uint32, bitcast=True), step.to(tl.uint32, bitcast=True), name.to(tl.uint32, bitcast=True)
     first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -169,7 +170,7 @@ def _axpy_kernel(out, coefficients, ids, people, count, k0, k1, step, name, LAW:
 
 @triton.jit(do_not_specialize=SEEDS)
 def _project_kernel(
-    x, b, inner, ids, scale, pairs_count, tokens, inputs, outputs, x_member, x_row, x_column, b_p, b_i, b_j, k0, k1, step, name,
+    x, b, inner, ids, scale, pairs_count, tokens, inputs: tl.constexpr, outputs, x_member, x_row, x_column, b_p, b_i, b_j, k0, k1, step, name,
     LAW: tl.constexpr, MADE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
@@ -230,7 +231,8 @@ def _spread_kernel(
 
 @triton.jit(do_not_specialize=SEEDS)
 def _fused_kernel(
-    x, weight, bias, a, inner, out, ids, rows, pairs_count, tokens, inputs, outputs, x_row, x_column, w_row, w_column, bias_member, a_p, a_i, a_j,
+    x, weight, bias, a, inner, out, ids, rows, pairs_count, tokens, inputs: tl.constexpr, outputs, x_row, x_column, w_row, w_column, bias_member,
+    a_p, a_i, a_j,
     k0, k1, step, name,
     LAW: tl.constexpr, MADE: tl.constexpr, ALIGNED: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, SAME: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, LEFT: tl.constexpr,
@@ -269,7 +271,7 @@ def _fused_kernel(
 
 @triton.jit(do_not_specialize=SEEDS)
 def _contract_kernel(
-    out, coefficients, a, b, ids, people, share, height, width, a_p, a_i, a_j, b_p, b_i, b_j, k0, k1, step, name,
+    out, coefficients, a, b, ids, people, share: tl.constexpr, height, width, a_p, a_i, a_j, b_p, b_i, b_j, k0, k1, step, name,
     LAW: tl.constexpr, MADE: tl.constexpr, ALIGNED_A: tl.constexpr, ALIGNED_B: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
@@ -278,8 +280,8 @@ def _contract_kernel(
     top, side, split = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N, tl.program_id(2)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     end = tl.minimum(people, (split + 1) * share)
-    for first in range(split * share, end, BLOCK_K):
-        who = first + tl.arange(0, BLOCK_K)
+    for first in range(0, share, BLOCK_K):
+        who = split * share + first + tl.arange(0, BLOCK_K)
         left = _factor(a, a_p, a_i, a_j, who, who < end, ids, top, height, 0, k0, k1, step, name,
                        LAW, MADE, ALIGNED_A, RANK, R, BLOCK_M, BLOCK_K, DTYPE)  # fmt: skip
         right = _factor(b, b_p, b_i, b_j, who, who < end, ids, side, width, height, k0, k1, step, name,
@@ -417,7 +419,7 @@ def _contract(coefficients: Tensor, source: Source, height: int, width: int) -> 
     out = torch.empty(splits, height, width, dtype=torch.float32, device=device)
     constants = source.constants() | {"ALIGNED_A": source.aligned(0), "ALIGNED_B": source.aligned(height)}
     _contract_kernel[(*grid, splits)](
-        out, coefficients.float() / peak, source.a, source.b, source.ids, people, share, height, width, *_strides(source.a), *_strides(source.b),
+        out, coefficients.float() / peak, source.a, source.b, source.ids, people, share: tl.constexpr, height, width, *_strides(source.a), *_strides(source.b),
         *source.words, PRECISION=_precision(), LEFT=source.left, **constants, **tile,
     )  # fmt: skip
     return (out[0] if splits == 1 else out.sum(0)).mul_(peak)

@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
     """Some directions and what their members' parameters are made of."""
 
     first: int  # number of the first direction
-    count: int  # directions
+    directions: int
     thin: dict[str, tuple[Tensor, Tensor]]  # name -> L [P, m, r] (σ and sign in it) and R [P, n, r]
     full: Tree  # name -> θ + σ s E, [P, *shape]
 
@@ -132,6 +132,7 @@ class Draws:
         total: Tensor | None = None
         for first, count in self.chunks():
             part = self.moves(name, first, count).combine(along[first : first + count])
-            total = part if total is None else total.add_(part)
+            wide = part.to(torch.promote_types(part.dtype, torch.float32))
+            total = wide if total is None else total.add_(wide)
         assert total is not None
-        return total
+        return total.to(self.params[name].dtype)

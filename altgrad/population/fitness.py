@@ -58,7 +58,7 @@ class Evaluation:
         """The losses of the members of the directions `within`, float32 or better, laid out as members are."""
         results = [self.chunk(first, count) for first, count in self.draws.chunks(within)]
         if not results:  # more ranks than directions
-            return torch.zeros(0)
+            return torch.zeros(0, device=next(iter(self.draws.params.values())).device)
         return results[0] if len(results) == 1 else in_order(results, self.draws)
 
     def chunk(self, first: int, count: int) -> Tensor:
@@ -140,3 +140,29 @@ def check_memory(measure: Callable[[], int], draws: Draws, *, setting: int | Non
         f"chunk={setting!r} is not allowed: {draws.size} directions ({draws.size * each_members} members) at once need about {human(each * draws.size)}, "
         f"and {human(room)} are free. Set chunk={fits} or less (directions in memory at once; the result stays the same)."
     )
+
+
+def told(fitness: Tensor, quiet: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean and deviation of the finite losses of perturbed members, and how many members were not finite; nothing finite gives NaN."""
+    values = fitness.double()
+    finite = values.isfinite()
+    counted = finite if quiet is None else finite & ~torch.cat([quiet, quiet]).to(finite.device)
+    mean = torch.where(counted, values, 0.0).sum() / counted.sum()
+    return mean, (torch.where(counted, values - mean, 0.0).square().sum() / counted.sum()).sqrt(), (~finite).sum()
+
+
+def shared_among(own: Tensor, draws: Draws, world: World, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Every rank's rows [own members, …] as one [P, …], in the order of the members.
+
+    Args:
+        dtype: to send them in. By default what suits losses, the parameters' own or float32 if that is wider: a rank without members has none to tell it.
+    """
+    if world.size == 1:
+        return own
+    halves, longest = 2 if draws.antithetic else 1, -(-draws.count // world.size)
+    counts = [len(World(rank, world.size).share(draws.count)) for rank in range(world.size)]
+    dtype = dtype or torch.promote_types(next(iter(draws.params.values())).dtype, torch.float32)
+    padded = own.new_zeros(halves, longest, *own.shape[1:], dtype=dtype)  # ranks send one shape
+    padded[:, : counts[world.rank]] = own.reshape(halves, counts[world.rank], *own.shape[1:])
+    parts = [part[:, :count] for part, count in zip(world.gather(padded), counts, strict=True)]
+    return torch.cat(parts, 1).flatten(0, 1)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.forward_mode import attention, recurrent
 from altgrad.kernels import lowrank
-from altgrad.population.parameters import Perturbed, mean_of, plain, rule
+from altgrad.population.parameters import Perturbed, centre_of, plain, rule
 
 
 def shifted(value: Tensor, bias: Any, axes: int = 0) -> Tensor:
@@ -37,24 +37,24 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     x = plain(input)
     if not isinstance(weight, Perturbed):
         return F.linear(x, weight, plain(bias))
-    mean, left, right, bias = weight.mean, weight.left, weight.right, plain(bias)
+    centre, left, right, bias = weight.centre, weight.left, weight.right, plain(bias)
     dtype = autocast_dtype(x.device)
     if dtype is not None:
-        x, mean, left, right, bias = (None if part is None else part.to(dtype) for part in (x, mean, left, right, bias))
-    return lowrank.member_linear(x, mean, bias, left, right)
+        x, centre, left, right, bias = (None if part is None else part.to(dtype) for part in (x, centre, left, right, bias))  # type: ignore[assignment]
+    return lowrank.member_linear(x, centre, bias, left, right)
 
 
 @rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
 def matmul(input: Any, other: Any) -> Any:
     """x W + (x L) Rᵀ and W x + L (Rᵀ x), for matrices."""
     first, second = input, other
-    if mean_of(first).ndim < 2 or mean_of(second).ndim < 2:
+    if centre_of(first).ndim < 2 or centre_of(second).ndim < 2:
         return NotImplemented
     if isinstance(second, Perturbed) and second.ndim == 2:
-        return linear(plain(first), second.like(second.mean.mT, second.right, second.left))
+        return linear(plain(first), second.like(second.centre.mT, second.right, second.left))
     if isinstance(first, Perturbed) and first.ndim == 2:
         second = plain(second)
-        return torch.matmul(first.mean, second) + torch.matmul(first.left, torch.matmul(first.right.mT, second))
+        return torch.matmul(first.centre, second) + torch.matmul(first.left, torch.matmul(first.right.mT, second))
     return NotImplemented
 
 
@@ -85,7 +85,7 @@ def embedding(
 ) -> Any:
     if max_norm is not None or not isinstance(weight, Perturbed):
         return NotImplemented
-    return F.embedding(input, weight.mean) + torch.matmul(weight.left[input], weight.right.mT)
+    return F.embedding(input, weight.centre) + torch.matmul(weight.left[input], weight.right.mT)
 
 
 @rule(torch.embedding)
@@ -112,7 +112,7 @@ def convolution(func: Any) -> Callable[..., Any]:
         thin = func(x, filters, None, **where)  # [N, groups · r, …]
         grouped = thin.reshape(x.shape[0], groups, rank, -1)
         left = weight.left.reshape(groups, -1, rank)  # [groups, out/groups, r]
-        value = func(x, weight.mean, None, **where)
+        value = func(x, weight.centre, None, **where)
         value = value + torch.matmul(left, grouped).reshape(value.shape)
         value = shifted(value, bias, len(window) - 1)
         return value if batched else value.squeeze(0)
@@ -124,7 +124,8 @@ def transposed_convolution(func: Any) -> Callable[..., Any]:
     def run(input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1, dilation: Any = 1) -> Any:
         if not isinstance(weight, Perturbed):
             return NotImplemented
-        x, where = plain(input), {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation, "groups": groups}
+        x, weight = under_autocast(plain(input), weight)
+        where = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation, "groups": groups}
         rank, window = weight.left.shape[-1], weight.shape[1:]
         batched = x.ndim == len(window) + 1
         x = x if batched else x.unsqueeze(0)
@@ -132,7 +133,7 @@ def transposed_convolution(func: Any) -> Callable[..., Any]:
         grouped = x.reshape(x.shape[0], groups, left.shape[1], -1)
         thin = torch.matmul(left.mT, grouped).reshape(x.shape[0], groups * rank, *x.shape[2:])
         filters = weight.right.mT.reshape(rank, *window).repeat(groups, *(1 for _ in window))  # [groups · r, out/groups, k…]
-        value = shifted(func(x, weight.mean, None, **where) + func(thin, filters, None, **where), bias, len(window) - 1)
+        value = shifted(func(x, weight.centre, None, **where) + func(thin, filters, None, **where), bias, len(window) - 1)
         return value if batched else value.squeeze(0)
 
     return run
@@ -151,7 +152,7 @@ def bilinear(input1: Any, input2: Any, weight: Any, bias: Any = None) -> Any:
     first, second = plain(input1), plain(input2)
     planes = weight.right.reshape(*weight.shape[1:], -1)  # [in1, in2, r]
     thin = torch.einsum("...i,ijr,...j->...r", first, planes, second)
-    return shifted(F.bilinear(first, second, weight.mean) + torch.matmul(thin, weight.left.mT), bias)
+    return shifted(F.bilinear(first, second, weight.centre) + torch.matmul(thin, weight.left.mT), bias)
 
 
 @rule(F.multi_head_attention_forward)

@@ -41,27 +41,27 @@ class ChangedInPlace(CapabilityError):
 
 
 class Perturbed(torch.Tensor):
-    """`mean` + (left · rightᵀ) in the shape of `mean`; a tensor of more than two axes is taken as the matrix [shape[0], rest]."""
+    """`centre` + (left · rightᵀ) in the shape of `centre`; a tensor of more than two axes is taken as the matrix [shape[0], rest]."""
 
-    mean: Tensor  # [m, *rest]
+    centre: Tensor  # [m, *rest]
     left: Tensor  # [m, r]
     right: Tensor  # [n, r], n = the product of rest
     written_out: Counter[str]  # "parameter: function" -> calls that had no rule
     parameter: str
 
     @staticmethod
-    def __new__(cls, mean: Tensor, left: Tensor, right: Tensor, *, parameter: str, written_out: Counter[str]) -> "Perturbed":
-        self = torch.Tensor._make_wrapper_subclass(cls, mean.shape, strides=mean.stride(), dtype=mean.dtype, device=mean.device)
-        self.mean, self.left, self.right, self.parameter, self.written_out = mean, left, right, parameter, written_out
+    def __new__(cls, centre: Tensor, left: Tensor, right: Tensor, *, parameter: str, written_out: Counter[str]) -> "Perturbed":
+        self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
+        self.centre, self.left, self.right, self.parameter, self.written_out = centre, left, right, parameter, written_out
         return self
 
-    def like(self, mean: Tensor, left: Tensor, right: Tensor) -> "Perturbed":
+    def like(self, centre: Tensor, left: Tensor, right: Tensor) -> "Perturbed":
         """The same parameter seen through a view."""
-        return Perturbed(mean, left, right, parameter=self.parameter, written_out=self.written_out)
+        return Perturbed(centre, left, right, parameter=self.parameter, written_out=self.written_out)
 
     def dense(self) -> Tensor:
         """W + L Rᵀ, written out."""
-        return self.mean + torch.matmul(self.left, self.right.mT).reshape(self.mean.shape)
+        return self.centre + torch.matmul(self.left, self.right.mT).reshape(self.centre.shape)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,7 +75,7 @@ class Perturbed(torch.Tensor):
         if name == "__get__" and label(func) in {"T", "mT"}:
             return transpose(args[0])
         if name in SHAPES or (name == "__get__" and label(func) in ATTRIBUTES):
-            return func(*tree_map(mean_of, args), **tree_map(mean_of, kwargs))
+            return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
         if name == "detach":
             return args[0]
         target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
@@ -92,12 +92,12 @@ class Perturbed(torch.Tensor):
         raise CapabilityError(f"a perturbed parameter reached {func} without passing a torch function; its perturbation would be lost.")
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Perturbed({self.parameter}, shape={tuple(self.mean.shape)}, rank={self.left.shape[-1]})"
+        return f"Perturbed({self.parameter}, shape={tuple(self.centre.shape)}, rank={self.left.shape[-1]})"
 
 
-def mean_of(value: Any) -> Any:
+def centre_of(value: Any) -> Any:
     """The unperturbed tensor."""
-    return value.mean if isinstance(value, Perturbed) else value
+    return value.centre if isinstance(value, Perturbed) else value
 
 
 def plain(value: Any) -> Any:
@@ -120,7 +120,7 @@ def written_out_for(func: Any) -> Callable[[Any], Any]:
 @rule(torch.t, torch.Tensor.t)
 def transpose(weight: Perturbed) -> Any:
     """(W + L Rᵀ)ᵀ = Wᵀ + R Lᵀ."""
-    return weight.like(weight.mean.mT, weight.right, weight.left) if weight.ndim == 2 else NotImplemented
+    return weight.like(weight.centre.mT, weight.right, weight.left) if weight.ndim == 2 else NotImplemented
 
 
 @rule(torch.transpose, torch.Tensor.transpose)
@@ -141,24 +141,24 @@ def rows(weight: Any, index: Any) -> Any:
     if not isinstance(weight, Perturbed):
         return NotImplemented
     if isinstance(index, tuple) and len(index) == weight.ndim == 2 and all(isinstance(part, slice) for part in index):
-        return weight.like(weight.mean[index], weight.left[index[0]], weight.right[index[1]])
+        return weight.like(weight.centre[index], weight.left[index[0]], weight.right[index[1]])
     if not isinstance(index, slice):
         return NotImplemented
-    return weight.like(weight.mean[index], weight.left[index], weight.right)
+    return weight.like(weight.centre[index], weight.left[index], weight.right)
 
 
 @rule(torch.chunk, torch.Tensor.chunk)
 def chunk(input: Perturbed, chunks: int, dim: int = 0) -> Any:
     if dim != 0:
         return NotImplemented
-    return tuple(input.like(mean, left, input.right) for mean, left in zip(input.mean.chunk(chunks), input.left.chunk(chunks), strict=True))
+    return tuple(input.like(part, left, input.right) for part, left in zip(input.centre.chunk(chunks), input.left.chunk(chunks), strict=True))
 
 
 @rule(torch.split, torch.Tensor.split)
 def split(tensor: Perturbed, split_size: Any, dim: int = 0) -> Any:
     if dim != 0:
         return NotImplemented
-    return tuple(tensor.like(mean, left, tensor.right) for mean, left in zip(tensor.mean.split(split_size), tensor.left.split(split_size), strict=True))
+    return tuple(tensor.like(part, left, tensor.right) for part, left in zip(tensor.centre.split(split_size), tensor.left.split(split_size), strict=True))
 
 
 @rule(torch.Tensor.contiguous, torch.Tensor.requires_grad_)
@@ -172,8 +172,8 @@ def casting(func: Any) -> Callable[..., Any]:
     def run(weight: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(weight, Perturbed):
             return NotImplemented
-        args = tree_map(mean_of, args)
-        return weight.like(*(func(part, *args, **kwargs) for part in (weight.mean, weight.left, weight.right)))
+        args = tree_map(centre_of, args)
+        return weight.like(*(func(part, *args, **kwargs) for part in (weight.centre, weight.left, weight.right)))
 
     return run
 

@@ -6,8 +6,8 @@ Truncation t of an episode (t = 0 … horizon - 1) has the loss L_t, and every m
     NRES    ε_p = σ s_p E_p once an episode,                   ĝ_t = (1/σ) Σ_p w_{p,t} s_p E_p
 
 with ξ_{p,t} = Σ_{τ≤t} ε_{p,τ} and w = shaping(L_t). Both have, summed over an episode with θ at rest, the smoothed gradient of Σ_t L_t as their
-mean; an estimate that starts each truncation from a common state has not, for it misses what θ did to that state. NRES has the least variance
-where the members' losses point the same way along an episode, PES where they do not, and NRES needs one draw an update, PES t + 1.
+mean; an estimate that starts each truncation from a common state has not, for it misses what θ did to that state. NRES has the least variance of
+a family that holds both, under the assumptions of its paper, and draws noise once an update, PES t + 1 times.
 
 ξ is never stored: the noise of an episode's earlier truncations is drawn again from its address. What is stored, as engine state, is the state
 of every member, [population, …]; `chunk` bounds what an evaluation adds to it. Ranks divide the evaluation and send each other losses and states,
@@ -16,7 +16,7 @@ so that all hold the same engine state and a checkpoint can be resumed by any nu
 A member whose loss or state is no longer finite has the worst rank, and starts again at the next truncation, with a ξ of its own; it is counted.
 Buffers (running statistics) are read and left as they are.
 
-Source: Vicol, Metz, Sohl-Dickstein 2021 (PES), arXiv 2112.13835, equation 11; Li et al. 2023 (NRES), arXiv 2304.12180, equation 8.
+Source: Vicol, Metz, Sohl-Dickstein 2021 (PES), arXiv 2112.13835; Li et al. 2023 (NRES), arXiv 2304.12180.
 """
 
 from collections.abc import Iterator, Mapping
@@ -157,7 +157,7 @@ def estimate(engine: "Evolution", problem: Problem, params: Tree, state: Tree, b
     fitness = among_ranks(own_fitness, draws[0], world)
     moved = {name: among_ranks(value, draws[0], world) for name, value in own_carry.items()}
     weights = shapings.shape(engine.shaping, fitness, pairs=True, maximize=engine.maximize)
-    engine.warn_if_equal(problem, fitness, key)
+    engine.warn_if_equal(problem, fitness, weights, key)
     broken = ~fitness.isfinite()
     for value in moved.values():
         if value.is_floating_point():

@@ -6,5 +6,8 @@ TABLE = {
     "fashion-mnist": "altgrad.problems.images:FashionMNIST",
     "cifar10": "altgrad.problems.images:CIFAR10",
     "quadratic": "altgrad.problems.quadratic:Quadratic",
+    "control": "altgrad.problems.control:Control",
+    "char-lm": "altgrad.problems.char_lm:CharacterModel",
+    "accuracy": "altgrad.problems.accuracy:Accuracy",
     "recurrence": "altgrad.problems.recurrence:Recurrence",
 }

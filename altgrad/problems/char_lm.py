@@ -89,12 +89,12 @@ def sequences(name: str, tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
 class CharacterModel:
     """The next character of Moby-Dick or of 18 books: trained on the first nine tenths of the text, tested on the last. `altgrad data get moby-dick`.
 
-    Defaults of the command line: a window model of 3 characters (18-32-84, 3,884 parameters), Adam, lr 1e-2, batch 8, 2 epochs.
+    Defaults of the command line: a window model of 3 characters (18-32-84, 3,884 parameters), Adam, lr 1e-2, batch 16, 2 epochs.
     """
 
     corpus: str = field(default="moby-dick", metadata={"help": "moby-dick (1.2 million characters) or gutenberg (11.7 million)"})
     context: int = field(default=64, metadata={"help": "characters a sequence; every one of them is predicted from those before it"})
-    batch_size: int = field(default=8, metadata={"help": "sequences a step"})
+    batch_size: int = field(default=16, metadata={"help": "sequences a step"})
     model: str = field(default="window", metadata={"help": "window, or package.module:callable: int64 [N, places] to scores [N, characters, places]"})
 
     name: ClassVar[str] = "char-lm"

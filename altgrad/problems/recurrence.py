@@ -6,7 +6,7 @@ r"""Influence balancing: a linear recurrence in which a parameter's late influen
 few steps therefore points uphill, and a learner that trusts it diverges. An episode is `horizon` truncations of `length` steps; truncation t has
 the loss L_t = the mean of its ℓ_k, the episode the sum of its L_t. Each is quadratic in θ, so a symmetric smoothing leaves its gradient as it is.
 
-Source: Tallec and Ollivier 2017 (UORO), arXiv 1702.05043, section 5; Vicol et al. 2021 (PES), arXiv 2112.13835.
+Source: Tallec and Ollivier 2017 (UORO), arXiv 1702.05043; Vicol et al. 2021 (PES), arXiv 2112.13835.
 """
 
 from collections.abc import Mapping
