@@ -94,51 +94,54 @@ def es(
         return
     from altgrad import registry
     from altgrad.es import Bounds, minimize
-    from altgrad.signals import StopSignals, exit_code
+    from altgrad.es.loop import STOPPED
+    from altgrad.signals import StopSignals, exit_code, name
 
     f, of_ours = function_of(function_name)
     point = start_of(x0, dimension, function_name if of_ours else None)
     limits = None if bounds is None else Bounds(*limits_of(bounds), bounds_kind)
     goal = TARGET if target is None and of_ours and not maximize else target
     rows: list[dict[str, Any]] = begun(out, resume=resume, overwrite=overwrite)
-    with Display(quiet=quiet) as display, StopSignals() as stop:
+    with StopSignals() as stop:
+        with Display(quiet=quiet) as display:
 
-        def on_generation(row: dict[str, Any]) -> bool:
-            while rows and rows[-1]["generation"] >= row["generation"]:  # logged after the last checkpoint, then stopped
-                rows.pop()
-            rows.append(row)
-            value = "no finite value yet" if row["best"] is None else f"best {row['best']:.4g}"
-            display.show(f"{function_name}, {strategy}: evaluation", row["evaluations"], evaluations, figures=f"{value}, σ {row['sigma']:.2g}")
-            return stop.received is not None
+            def on_generation(row: dict[str, Any]) -> bool:
+                while rows and rows[-1]["generation"] >= row["generation"]:  # logged after the last checkpoint, then stopped
+                    rows.pop()
+                rows.append(row)
+                value = "no finite value yet" if row["best"] is None else f"best {row['best']:.4g}"
+                display.show(f"{function_name}, {strategy}: evaluation", row["evaluations"], evaluations, figures=f"{value}, σ {row['sigma']:.2g}")
+                return stop.received is not None
 
-        result = minimize(
-            f,
-            point,
-            strategy=strategy,
-            sigma=sigma,
-            settings=registry.split_pairs(setting),
-            population=population,
-            max_evaluations=evaluations,
-            target=goal,
-            bounds=limits,
-            restarts=restarts,
-            seed=seed,
-            maximize=maximize,
-            vectorized=vectorized or of_ours,
-            checkpoint=None if out is None else out / STATE,
-            on_generation=on_generation,
-        )
-    found = as_dict(result)
-    if out is not None:
-        write(out, found, rows, title=f"{strategy} on {function_name}, n = {len(point)}", maximize=maximize)
-        display.say(f"folder: {out}")
-    if as_json:
-        emit(found)
-    else:
-        show(found)
-    if stop.received is not None:
+            result = minimize(
+                f,
+                point,
+                strategy=strategy,
+                sigma=sigma,
+                settings=registry.split_pairs(setting),
+                population=population,
+                max_evaluations=evaluations,
+                target=goal,
+                bounds=limits,
+                restarts=restarts,
+                seed=seed,
+                maximize=maximize,
+                vectorized=vectorized or of_ours,
+                checkpoint=None if out is None else out / STATE,
+                on_generation=on_generation,
+            )
+        stopped = stop.received if result.reason == STOPPED else None  # a signal that came later found the search done
+        found = as_dict(result) | ({} if stopped is None else {"reason": f"Stopped by {name(stopped)}."})
+        if out is not None:
+            write(out, found, rows, title=f"{strategy} on {function_name}, n = {len(point)}", maximize=maximize)
+            display.say(f"folder: {out}")
+        if as_json:
+            emit(found)
+        else:
+            show(found)
+    if stopped is not None:
         again = f"add --resume to go on from {out}" if out else "with --out it could be gone on from"
-        raise Interrupted(f"stopped after {result.evaluations} evaluations; {again}.", exit_code(stop.received))
+        raise Interrupted(f"stopped after {result.evaluations} evaluations; {again}.", exit_code(stopped))
     if not len(result.top):
         raise NumericsError(f"no evaluation of {function_name} gave a finite number. {result.reason}")
 

@@ -1,7 +1,7 @@
 """The facade for other people's training loops: `learner.backward(x, y)` in place of `loss.backward()`."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -10,11 +10,15 @@ from torch import Tensor, nn
 
 from altgrad import registry
 from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
-from altgrad.errors import CheckpointError, NumericsError
+from altgrad.errors import CheckpointError, NumericsError, UsageError
+from altgrad.optimizers import wants_closure
 from altgrad.problem import Batch, first_tensor, not_finite
 from altgrad.problems.supervised import Supervised
 from altgrad.rng import Key
 from altgrad.world import World
+
+Apply = Mapping[Tensor, torch.optim.Optimizer] | Callable[[Tensor], Any]
+ONE_EACH = "give every parameter its own: {p: torch.optim.SGD([p], lr=0.1) for p in learner.parameters()}"
 
 
 class Report(NamedTuple):
@@ -72,17 +76,27 @@ class Learner:
         self.asked_for_all = True
         yield from self.tensors().values()
 
-    def backward(self, x: Any, y: Any) -> Report:
+    def backward(self, x: Any, y: Any, *, apply: Apply | None = None) -> Report:
         """Estimate the gradient of the mean loss on (x, y) and add it to `p.grad`.
 
         Args:
             x: a tensor, a tuple (positional arguments of the model) or a dict (keyword arguments); the first axis counts examples.
             y: the targets, handed to the loss as they are.
+            apply: steps each parameter as soon as its gradient is there, and drops the gradient before the next one is made: the optimizer of
+                every parameter, or a function of a parameter whose `grad` is set (what register_post_accumulate_grad_hook takes).
+
+        With `apply` a rule that makes its gradients one by one (es, eggroll, spsa, forward) takes a step in the memory of one tensor's gradient:
+
+            optimizers = {p: torch.optim.Adam([p], lr=1e-3, foreach=False) for p in learner.parameters()}
+            learner.backward(x, y, apply=optimizers)        # in place of zero_grad, backward and step
 
         Raises:
-            NumericsError: the loss or an estimate is NaN or infinite; `p.grad` is left as it was.
-            ShapeError, DataError: outputs that fit no loss, labels out of range.
+            NumericsError: the loss or an estimate is NaN or infinite; `p.grad` is left as it was. With `apply` and gradients made one by one, the
+                parameters before the one that is named have made their step; it and those after it have not.
+            ShapeError, DataError: outputs that fit no loss, labels out of range. UsageError: `apply` lacks a parameter's optimizer.
         """
+        if isinstance(apply, Mapping):
+            check_optimizers(apply)
         if self.aux and not (self.warned or self.asked_for_all):
             self.warned = True
             warnings.warn(f"the optimizer was not built from learner.parameters(), so {', '.join(sorted(self.aux))} will not be trained.", stacklevel=2)
@@ -98,19 +112,63 @@ class Learner:
         if not bool(torch.isfinite(estimate.loss)):
             advice = not_finite(x) or "lower the learning rate or look at the batch."
             raise NumericsError(f"the loss is {float(estimate.loss)} in {self.engine.name}, step {self.draws}; {advice}")
-        grads = dict(estimate.grads)
-        bad = first_not_finite(grads)
-        if bad is not None:
-            raise NumericsError(f"the gradient of {bad} is not finite in {self.engine.name}, step {self.draws}; lower the learning rate or clip.")
-        for name, grad in grads.items():
-            leaf = tensors[name]
-            grad = grad.to(leaf.dtype)
-            leaf.grad = grad if leaf.grad is None else leaf.grad + grad
+        if apply is None:
+            self.fill(estimate.grads)
+        else:
+            self.hand_over(estimate.grads, apply)
         self.state = estimate.state
         self.problem.load({}, estimate.buffers)
         if not self.frozen:
             self.draws += 1
         return Report(estimate.loss, estimate.metrics)
+
+    def fill(self, made: Mapping[str, Tensor]) -> None:
+        """Add every gradient to its parameter's, or none of them."""
+        tensors, grads = self.tensors(), dict(made)
+        bad = first_not_finite(grads)
+        if bad is not None:
+            raise self.refusal(bad)
+        for name, grad in grads.items():
+            added(tensors[name], grad)
+
+    def hand_over(self, made: Mapping[str, Tensor], apply: Apply) -> None:
+        """Have parameters stepped one by one; what can be known to be wrong is refused before the first."""
+        tensors = self.tensors()
+        absent = [] if callable(apply) else [name for name in made if tensors[name] not in apply]
+        if absent:
+            raise UsageError(f"apply has no optimizer for {absent[0]!r}; {ONE_EACH}.")
+        weights = getattr(made, "weights", None)  # of a sum of finite directions: where they are finite, so is every gradient, short floats apart
+        known = made if isinstance(made, dict) else {"every parameter": weights} if isinstance(weights, Tensor) else {}
+        bad = first_not_finite(known)
+        if bad is not None:
+            raise self.refusal(bad)
+        stepped: list[str] = []
+        for name in list(made):
+            grad = made.pop(name) if isinstance(made, dict) else made[name]
+            if first_not_finite({name: grad}) is not None:
+                raise self.refusal(name, stepped)
+            parameter = tensors[name]
+            added(parameter, grad)
+            del grad
+            if callable(apply):
+                apply(parameter)
+            else:
+                apply[parameter].step()
+            parameter.grad = None
+            stepped.append(name)
+
+    def refusal(self, name: str, stepped: Sequence[str] = ()) -> NumericsError:
+        """The error for a gradient that is not finite; `stepped` are the parameters that have been moved already."""
+        done = f" {', '.join(stepped)} made this step already, {name} and the rest did not." if stepped else ""
+        return NumericsError(f"the gradient of {name} is not finite in {self.engine.name}, step {self.draws};{done} lower the learning rate or clip.")
+
+    def bake(self) -> None:
+        """Make the model alone compute what `predict` reads out, for rules that train something beside it (random-subspace); training can go on."""
+        baked = self.engine.bake(self.problem, self.tensors(), self.state)
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                if baked[name] is not tensor:
+                    tensor.copy_(baked[name])
 
     @contextmanager
     def frozen_noise(self) -> Iterator[None]:
@@ -133,7 +191,7 @@ class Learner:
         self.model.to(*args, **kwargs)
         for value in self.aux.values():
             value.data = value.data.to(*args, **kwargs)
-        self.state = {name: value.to(*args, **kwargs) for name, value in self.state.items()}
+        self.state = {name: moved(value, *args, **kwargs) for name, value in self.state.items()}
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,6 +219,29 @@ class Learner:
             for name, value in saved["aux"].items():
                 self.aux[name].copy_(value)
         self.state = {name: value.clone() for name, value in saved["state"].items()}
+
+
+def moved(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """value.to(...), whole numbers keeping their dtype as in nn.Module.to."""
+    there = value.to(*args, **kwargs)
+    return there if value.is_floating_point() else value.to(there.device)
+
+
+def added(parameter: Tensor, grad: Tensor) -> None:
+    """Add a gradient to what is in `parameter.grad`."""
+    grad = grad.to(parameter.dtype)
+    parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+
+
+def check_optimizers(optimizers: Mapping[Any, torch.optim.Optimizer]) -> None:
+    """Raise UsageError unless every optimizer holds the parameter that it stands for and steps by itself."""
+    for parameter, optimizer in optimizers.items():
+        if not isinstance(parameter, Tensor) or not isinstance(optimizer, torch.optim.Optimizer):
+            raise UsageError(f"apply maps a {type(parameter).__name__} to a {type(optimizer).__name__}; {ONE_EACH}.")
+        if not any(parameter is held for group in optimizer.param_groups for held in group["params"]):
+            raise UsageError(f"apply gives a parameter of shape {tuple(parameter.shape)} to a {type(optimizer).__name__} that does not hold it.")
+        if wants_closure(optimizer):
+            raise UsageError(f"{type(optimizer).__name__} evaluates the loss itself, so it cannot step tensor by tensor; use backward without apply.")
 
 
 def first_not_finite(grads: Mapping[str, Tensor]) -> str | None:

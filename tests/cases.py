@@ -56,4 +56,12 @@ CASES = [
     activations(guess="local", tangents=0, refuses=tuple(f"is_not_reversed_on_{probe}" for probe in HEADLESS)),
     activations(guess="local", chunk=1, refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
     activations(guess="local", refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
+    Case("es", {"population": 8}),
+    Case("es", {"population": 8, "shaping": "raw", "noise": "sign"}),
+    Case("eggroll", {"population": 8}),
+    Case("eggroll", {"population": 8, "shaping": "raw", "rank": 2, "chunk": 3}),
+    Case("eggroll", {"population": 8, "shaping": "nes", "adapt": "nes", "noise": "uniform"}),
+    Case("eggroll", {"population": 16, "shaping": "raw", "antithetic": False}),
+    Case("spsa"),
+    Case("spsa", {"population": 8, "shaping": "sign"}),
 ]

@@ -8,16 +8,22 @@ from unittest import mock
 
 import torch
 
+from altgrad import perturb
 from altgrad.conformance.probes import GRADIENT_PROBES
 from altgrad.engine import Engine, Estimate
-from altgrad.engines import backprop, forward
+from altgrad.engines import backprop, evolution, forward
 from altgrad.engines.backprop import Backprop
+from altgrad.engines.evolution import Eggroll
 from altgrad.engines.forward import Forward
 from altgrad.forward_mode.activities import ActivityTrace
 from altgrad.perturb import Dense, LowRank, Steered
+from altgrad.population import Draws
+from altgrad.population import evaluate as members
+from altgrad.problem import Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
 
+POPULATION = {"population": 16, "shaping": "raw"}
 WEIGHTS = {"space": "weights", "tangents": 8}
 EVERYWHERE = tuple(GRADIENT_PROBES)
 
@@ -115,6 +121,10 @@ def writes_grad(found, problem, params, *_):
 
 def narrow_under_autocast(found, *_):
     return wide_to(found, torch.bfloat16) if torch.is_autocast_enabled("cpu") else found
+
+
+def scaled_under_autocast(found, *_):
+    return scaled(0.3)(found) if torch.is_autocast_enabled("cpu") else found
 
 
 def wide_to(found, dtype):
@@ -239,11 +249,40 @@ def forgotten_weights(self):
     return GRADIENTS(self)
 
 
+def both_plus(self, drawn, name, first):
+    return SIGNED(self, drawn, name, first).abs() * torch.cat([drawn, drawn]).sign() if self.antithetic else SIGNED(self, drawn, name, first)
+
+
+def first_directions(self, name, first, count):
+    return MOVES(self, name, 0, count)
+
+
+def own_losses(own, draws, world):
+    """The others' taken for zero."""
+    share = world.share(draws.count)
+    whole = own.new_zeros(2, draws.count)
+    whole[:, share.start : share.stop] = own.reshape(2, -1)
+    return whole.flatten()
+
+
+def mean_of_all(fitness, quiet):
+    return fitness.double().mean(), fitness.double().std(), (~fitness.isfinite()).sum()
+
+
+@contextmanager
+def members_write_statistics() -> Iterator[None]:
+    """The model's own buffers are handed out, and batch norm is left to write them."""
+    live = mock.patch.object(Problem, "fresh_buffers", lambda self: self.buffers())
+    with live, mock.patch.object(members, "batch_norm", torch.nn.functional.batch_norm):
+        yield
+
+
 def unequal_parts(batch, parts, count):
     for part, _ in CUT(batch, parts, count):
         yield part, 1.0
 
 
+SIGNED, MOVES = Draws.signed, Draws.moves
 DRAW, FACTORS, COMBINE, GRADIENTS, CUT = ActivityTrace.draw, LowRank.factors, Dense.combine, ActivityTrace.gradients, backprop.cut
 
 
@@ -309,5 +348,28 @@ MUTANTS = [
     Mutant("later chunks not kept clear of the guides", Forward(guess="local", tangents=4, chunk=1), on("is_unbiased_on", "network"), unguided_later),
     Mutant("one noise for both uses of a tied weight", Forward(), on("is_unbiased_on", "tied_weights"), patched(ActivityTrace, "draw", one_site)),
     Mutant("weight tangents forgotten outside layers", Forward(), on("is_unbiased_on", "quadratic"), patched(ActivityTrace, "gradients", forgotten_weights)),
+    Mutant("minus halves at plus", Eggroll(**POPULATION), on("is_not_reversed_on", *EVERYWHERE), patched(Draws, "signed", both_plus)),
+    Mutant("wrong sign, smoothed", altered(Eggroll, scaled(-1), population=16), on("is_not_reversed_on", *EVERYWHERE)),
+    Mutant("sigma not divided out", altered(Eggroll, scaled(0.01), **POPULATION), ("is_unbiased_for_the_smoothed_loss",)),
+    Mutant("no 1/√r in a population", Eggroll(**POPULATION, rank=2), ("is_unbiased_for_the_smoothed_loss",), patched(LowRank, "factors", without_root)),
+    Mutant("one noise for all layers", Eggroll(**POPULATION), ("is_unbiased_for_the_smoothed_loss",), patched(perturb, "tensor_id", lambda name: 0)),
+    Mutant(
+        "running statistics written by members", Eggroll(population=4), ("running_statistics_move_once_a_step_as_in_plain_pytorch",), members_write_statistics
+    ),
+    Mutant(
+        "a chunk's first direction forgotten",
+        Eggroll(**POPULATION, chunk=2),
+        ("chunks_change_nothing_but_rounding",),
+        patched(Draws, "moves", first_directions),
+    ),
+    Mutant(
+        "ranks know their own losses only",
+        Eggroll(**POPULATION),
+        ("ranks_that_divide_the_population_find_the_same_bits",),
+        patched(evolution, "shared_among", own_losses),
+    ),
+    Mutant("NaN in the mean loss", Eggroll(population=4), ("members_that_are_not_finite_are_survived",), patched(evolution, "told", mean_of_all)),
+    Mutant("the loss summed, smoothed", altered(Eggroll, summed_loss, population=8), ("loss_is_the_problems_own",)),
+    Mutant("the estimate halved under autocast", altered(Eggroll, scaled_under_autocast, population=8), ("autocast_changes_rounding_only",)),
     Mutant("parts added without their share", Backprop(accumulation=3), on("is_exact_on", "network"), patched(backprop, "cut", unequal_parts)),
 ]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from altgrad.errors import SettingError, ShapeError
 from altgrad.kernels import lowrank, noise
-from altgrad.kernels.addressed import unit_noise
+from altgrad.kernels.perturbations import unit_noise
 from altgrad.rng import LAWS, Key, tensor_id
 
 MEMBERS, INPUTS, OUTPUTS = 6, 5, 7

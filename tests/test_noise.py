@@ -184,6 +184,8 @@ class PeakBytes(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if not isinstance(tensor, torch.Tensor):
+                continue
             storage = tensor.untyped_storage()
             if storage._cdata not in self.live:
                 self.live[storage._cdata] = storage.nbytes()

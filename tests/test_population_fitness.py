@@ -172,7 +172,7 @@ def test_the_rung_is_found_once():
 
 def test_a_batch_that_no_rung_can_take_leaves_the_rung_as_it_was():
     problem = Supervised(network(), F.cross_entropy)
-    with pytest.raises(RuntimeError, match="mat1 and mat2|shapes cannot be multiplied|ShapeError|does not fit"):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         evaluate(problem, inputs=torch.zeros(EXAMPLES, FEATURES + 1, dtype=torch.float64))
     assert problem.facts["population rung"] == "vmap"
 
@@ -254,12 +254,9 @@ def test_models_that_return_their_own_loss_run_by_vmap(kind):
     x, y = data()
     problem, notes = Supervised(Hugging(kind), lambda out, _: out.loss if kind == "dataclass" else out["loss"]), Notes()
     found = evaluate(problem, inputs={"x": x, "labels": y}, notes=notes)
-    plain = Supervised(network(), squared)
-    renamed = {f"inner.{name}": value for name, value in drawn(plain).params.items()}
-    assert renamed.keys() == drawn(problem).params.keys()
     assert notes.metrics() == {}
-    assert found.shape == (POPULATION,)
-    assert len(set(found.tolist())) == POPULATION
+    problem.facts["population rung"] = "member"
+    assert distance(found, evaluate(problem, inputs={"x": x, "labels": y})) <= ROUNDING
 
 
 def test_outputs_in_a_dict_may_be_judged_outside_torch():

@@ -11,7 +11,7 @@ from test_resume import contents, rows
 from tolerances import tolerance
 from torch import nn
 
-from altgrad import Learner, registry, trainer
+from altgrad import Learner, registry, testing, trainer
 from altgrad.alignment import exact_gradient
 from altgrad.conformance.claim import same_tree
 from altgrad.engine import Needs, fit_check
@@ -46,11 +46,14 @@ class Driven(Problem):
     def batch(self, step, world):
         return Batch(self.inputs[step % self.horizon][None], torch.zeros(1))
 
+    def forward(self, params, inputs, buffers):
+        return F.linear(inputs, params["weight"], params["bias"])
+
     def start(self, batch):
         return {"s": torch.ones(3, dtype=self.weight.dtype)}
 
     def unroll(self, params, carry, batch, buffers):
-        s = self.transition @ carry["s"] + F.linear(batch.inputs, params["weight"], params["bias"])[0]
+        s = self.transition @ carry["s"] + self.forward(params, batch.inputs, buffers)[0]
         return 0.5 * s.square().sum(), {"s": s}
 
     def losses(self, params, batch, buffers):
@@ -372,3 +375,29 @@ def test_a_wrong_view_is_named(change, message):
     problem = type("Wrong", (Driven,), change)()
     with pytest.raises(ShapeError, match=message):
         Run(engine(population=4), problem).step(0)
+
+
+# -- the whole -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("truncation", TRUNCATED)
+def test_training_in_truncations_comes_down_on_influence_balancing(truncation):
+    settings = TrainSettings(
+        problem="recurrence",
+        problem_settings={"size": 4, "positive": 1, "horizon": 8, "batch_size": 2},
+        engine="es",
+        engine_settings={"truncation": truncation, "population": 16, "sigma": 0.1, "shaping": "raw"},
+        lr=0.03,
+        steps=80,
+        log_every=80,
+    )
+    training = trainer.build(settings)
+    before = trainer.evaluate(training)["test_loss"]
+    assert trainer.fit(training).test_loss < 0.25 * before
+
+
+@pytest.mark.parametrize("truncation", TRUNCATED)
+def test_truncated_engines_keep_the_claims_that_are_made_of_any(truncation):
+    results = {result.name: result for result in testing.run(engine(truncation), Driven)}
+    assert "same_key_gives_the_same_bits" in results
+    assert [name for name, result in results.items() if not result.passed] == ["loss_is_the_problems_own"]  # it is a truncation's, not an episode's

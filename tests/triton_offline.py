@@ -8,7 +8,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from altgrad.kernels import _cuda
+from altgrad.kernels import _cuda, launch
 
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
 TARGETS = [GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32)]
@@ -51,17 +51,17 @@ def main():
     ids, half = torch.arange(4), torch.bfloat16
     x, weight, bias = torch.empty(4, 2, 256, dtype=half), torch.empty(128, 256, dtype=half), torch.empty(128, dtype=half)
     a, b = torch.empty(4, 128, 1, dtype=half), torch.empty(4, 256, 1, dtype=half)
-    _cuda.addressed_fill_(torch.empty(4, 1000), ids, *ADDRESS, "normal", 0)
-    _cuda.addressed_fill_(torch.empty(4, 1000, dtype=torch.int64), ids, *ADDRESS, "integers", 3)
-    _cuda.addressed_axpy_(torch.empty(1000, dtype=half), torch.ones(1), ids[:1], *ADDRESS, "sign", None)
-    for _cuda.PRODUCT in ("library", "fused"):
-        _cuda.population_linear(x, weight, bias, a, b, 0.1, False, False)
-        _cuda.addressed_linear(x[:, :1], weight, None, ids, *ADDRESS, "normal", 1, 0.1, False, False)
-        _cuda.addressed_linear(x, weight, bias, ids[:2], *ADDRESS, "sign", 4, 0.1, False, True)
-    _cuda.addressed_linear(x[0], weight, bias, ids[:1], *ADDRESS, "uniform", 3, 0.1, True, True)
-    _cuda.lowrank_update(torch.ones(4), a, b)
-    _cuda.addressed_update(torch.ones(4), ids, *ADDRESS, "normal", 1, 128, 256, None, torch.float32)
-    _cuda.addressed_update(torch.ones(1), ids[:1], *ADDRESS, "sign", 4, 128, 256, None, half)
+    launch.addressed_fill_(torch.empty(4, 1000), ids, *ADDRESS, "normal", 0)
+    launch.addressed_fill_(torch.empty(4, 1000, dtype=torch.int64), ids, *ADDRESS, "integers", 3)
+    launch.addressed_axpy_(torch.empty(1000, dtype=half), torch.ones(1), ids[:1], *ADDRESS, "sign", None)
+    for launch.PRODUCT in ("library", "fused"):
+        launch.population_linear(x, weight, bias, a, b, 0.1, False, False)
+        launch.addressed_linear(x[:, :1], weight, None, ids, *ADDRESS, "normal", 1, 0.1, False, False)
+        launch.addressed_linear(x, weight, bias, ids[:2], *ADDRESS, "sign", 4, 0.1, False, True)
+    launch.addressed_linear(x[0], weight, bias, ids[:1], *ADDRESS, "uniform", 3, 0.1, True, True)
+    launch.lowrank_update(torch.ones(4), a, b)
+    launch.addressed_update(torch.ones(4), ids, *ADDRESS, "normal", 1, 128, 256, None, torch.float32)
+    launch.addressed_update(torch.ones(1), ids[:1], *ADDRESS, "sign", 4, 128, 256, None, half)
 
 
 if __name__ == "__main__":

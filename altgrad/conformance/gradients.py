@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from altgrad.conformance.claim import KEY, Bench, Subject, claim, hold
-from altgrad.conformance.probes import GRADIENT_PROBES
-from altgrad.engine import Bias
+from altgrad.conformance.probes import GRADIENT_PROBES, parallel
+from altgrad.engine import Bias, Engine
 from altgrad.problem import Problem
 
 KEYS = 48  # estimates a statistical claim looks at; all from fixed addresses
@@ -86,6 +86,19 @@ def not_reversed_on(build: Callable[[torch.dtype], Problem]) -> Callable[[Subjec
             hold(mean <= 1 + ERRORS * error + 1e-6, f"along the gradient the mean estimate is {mean:.3f} ± {error:.3f} times it; a projection shrinks.")
 
     return check
+
+
+def unscaled(engine: Engine) -> bool:
+    """Whether a smoothed engine's estimate is in units of the gradient: weights made from losses by rank or deviation are not."""
+    return engine.bias is Bias.SMOOTHED and engine.settings().get("shaping", "raw") == "raw"
+
+
+@claim(applies=unscaled)
+def is_unbiased_for_the_smoothed_loss(subject: Subject) -> None:
+    """On a quadratic loss, whose smoothed gradient is its gradient; its two layers have one gradient, so that noise they share would show."""
+    bench = subject.bench(parallel(torch.float64)).warm()
+    exact = bench.exact()
+    hold_mean(samples(bench, exact), bench.flat(exact, exact), f"{KEYS} keys", [value.numel() for value in exact.values()])
 
 
 for probe, factory in GRADIENT_PROBES.items():

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 from torch.utils._pytree import tree_map
 
 from altgrad.kernels import noise
@@ -56,8 +57,28 @@ class Tied(nn.Module):
         return self.body(x)
 
 
+class Parallel(nn.Module):
+    """Two linear layers side by side, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + self.right(x)
+
+
+def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - F.one_hot(targets, CLASSES)).square().sum(-1).mean()
+
+
+def parallel(dtype: torch.dtype = torch.float32) -> "Probe":
+    """A loss that is quadratic in its matrices and vectors."""
+    return Probe(Parallel, data("parallel", 4), loss=squared_error, dtype=dtype)
+
+
 class SpiedDropout(nn.Module):
-    """Dropout with p = 1/2 that notes the masks it meets; where `imposed` is set, it takes that mask instead."""
+    """Dropout with p = 1/2 that notes the masks it meets, a member's each; where `imposed` is set, it takes that mask instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,7 +89,9 @@ class SpiedDropout(nn.Module):
         if self.imposed is not None:
             return x * (2 * self.imposed)
         y = F.dropout(x, 0.5, self.training)
-        self.seen.append((y != 0).to(y.dtype))
+        mask = (y != 0).to(y.dtype)
+        axis = maybe_get_bdim(mask) if is_batchedtensor(mask) else -1
+        self.seen.extend([mask] if axis < 0 else get_unwrapped(mask).unbind(axis))
         return y
 
 

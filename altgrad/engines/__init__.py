@@ -6,4 +6,5 @@ TABLE = {
     "es": "altgrad.engines.evolution:ES",
     "eggroll": "altgrad.engines.evolution:Eggroll",
     "spsa": "altgrad.engines.evolution:SPSA",
+    "random-subspace": "altgrad.engines.subspace:RandomSubspace",
 }

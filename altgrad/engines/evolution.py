@@ -200,15 +200,19 @@ class Evolution(Engine):
         """Say once that nothing is learnt where no member differs; a look at the device now and then, not every step."""
         if "members equal" in problem.facts or len(fitness) < 2 or (fitness.is_cuda and key.step % 100):
             return
-        if not bool(weights.any()):
-            problem.facts["members equal"] = True
-            low, high = float(fitness.min()), float(fitness.max())
-            seen = f"have the loss {low:.6g}" if low == high else f"cannot be told apart (losses from {low:.6g} to {high:.6g})"
-            warnings.warn(
-                f"all {len(fitness)} members {seen} at step {key.step}: the update is zero. "
-                "Raise sigma, use a larger batch, or an objective that tells members apart.",
-                stacklevel=2,
-            )
+        if bool(weights.any()) or (self.antithetic and not bool(fitness.isfinite().any())):  # where nothing at all is finite the step is refused
+            return
+        problem.facts["members equal"] = True
+        if not bool(fitness.isfinite().any()):
+            warnings.warn(f"no member has a finite loss at step {key.step}: the update is zero. Lower sigma.", stacklevel=2)
+            return
+        low, high = float(fitness.min()), float(fitness.max())
+        seen = f"have the loss {low:.6g}" if low == high else f"cannot be told apart (losses from {low:.6g} to {high:.6g})"
+        warnings.warn(
+            f"all {len(fitness)} members {seen} at step {key.step}: the update is zero. "
+            "Raise sigma, use a larger batch, or an objective that tells members apart.",
+            stacklevel=2,
+        )
 
     def fit_memory(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key) -> bool:
         """Measure one direction, and refuse a chunk that would not fit."""

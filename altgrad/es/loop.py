@@ -15,6 +15,8 @@ from altgrad.es.search import Progress, Search
 from altgrad.es.stopping import Stopping
 from altgrad.es.table import build
 
+STOPPED = "on_generation asked to stop."
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -110,7 +112,7 @@ def minimize(
         if checkpoint is not None and (reason is not None or progress.generations % checkpoint_every == 0):
             search.save(checkpoint, progress)
         if on_generation is not None and on_generation(row) is True:
-            reason = reason or "on_generation asked to stop."
+            reason = reason or STOPPED
     if checkpoint is not None:
         search.save(checkpoint, progress)
     return result_of(search, progress, reason)

@@ -71,7 +71,7 @@ def write(path: str | Path, about: Mapping[str, Any], content: Any) -> Path:
     if path.suffix == ".npz":
         buffer = io.BytesIO()
         text = np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8)
-        np.savez(buffer, allow_pickle=False, meta=text, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, meta=text, **arrays)  # type: ignore[arg-type]
         data = buffer.getvalue()
     else:
         data = json.dumps({**meta, "arrays": {name: listed(array) for name, array in arrays.items()}}, allow_nan=False).encode()

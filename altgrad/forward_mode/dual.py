@@ -111,6 +111,9 @@ class Dual(torch.Tensor):
         return f"Dual({self.primal!r}, members={self.taken_on.members})"
 
 
+FLAT = {Dual, torch.Tensor, torch.nn.Parameter, int, float, bool, type(None), type, torch.dtype, torch.device}
+
+
 def primal_of(value: Any) -> Any:
     """The tensor without its tangents."""
     return value.primal if isinstance(value, Dual) else value
@@ -162,6 +165,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
 
 def run_plain(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` on the primals alone."""
+    if not kwargs and all(type(value) in FLAT for value in args):  # no nests to walk through: attributes, comparisons
+        return func(*(primal_of(value) for value in args))
     args, kwargs = strip((args, kwargs))
     return func(*args, **kwargs)
 

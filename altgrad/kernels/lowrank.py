@@ -21,8 +21,8 @@ from torch._C._functorch import maybe_current_level
 
 from altgrad.errors import require
 from altgrad.kernels import operators
-from altgrad.kernels.addressed import check_members, factors, plain_addressed_update, plain_axpy_, unit_noise
 from altgrad.kernels.lowrank_plain import plain_linear, plain_member, plain_update
+from altgrad.kernels.perturbations import check_members, factors, plain_addressed_update, plain_axpy_, unit_noise
 from altgrad.rng import LAWS, Key
 
 __all__ = [

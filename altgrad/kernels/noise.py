@@ -258,9 +258,11 @@ def _fill_compiled(out: Tensor, build: dict[int, Block], key: Key, part: Part, s
     (rows, count), (tensor, first, width) = out.shape, part
     flat = out.view(-1) if out.dtype == torch.float32 and (rows == 1 or (shift == 0 and count % 4 == 0)) else None
     begin, total, space, ids = 0, rows * width, None, None
+    offsets = zeros = torch.empty(0, device="cpu")
     for lanes in _block_sizes(total):
         end = min(begin + lanes, total)
-        offsets, zeros = addresses.base(lanes)
+        if lanes != len(zeros):
+            offsets, zeros = addresses.base(lanes)
         (row, low), pieces = divmod(begin, width), []
         if low + lanes <= width:  # within one member: the addresses are those of any such block, moved
             counters, owners, seeds = offsets, zeros, _seeds(key, tensor, first + low, members[row])

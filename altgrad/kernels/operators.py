@@ -1,6 +1,6 @@
 """The operators torch.ops.altgrad.*: the plain forms for every device, Triton's on CUDA, and what vmap, torch.compile and opcheck ask of them.
 
-A kernel is registered beside its plain form and takes over for CUDA tensors of the types it knows; _cuda.py is imported when the first one
+A kernel is registered beside its plain form and takes over for CUDA tensors of the types it knows; Triton is imported when the first one
 arrives. There is no backward rule: nothing here is differentiated.
 """
 
@@ -16,12 +16,12 @@ from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched, 
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from altgrad.kernels import noise
-from altgrad.kernels.addressed import factors, plain_addressed_update, plain_axpy_
 from altgrad.kernels.lowrank_plain import check, plain_linear, plain_member, plain_update
+from altgrad.kernels.perturbations import factors, plain_addressed_update, plain_axpy_
 from altgrad.rng import Key
 
 OPS: Any = torch.ops.altgrad
-KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64)
 ADDRESS = "Tensor members, int seed, int step, int tensor, str law"
 
 
@@ -40,22 +40,28 @@ def ids_of(members: Sequence[int], device: torch.device) -> Tensor:
 @cache
 def _kernels() -> ModuleType | None:
     try:
-        from altgrad.kernels import _cuda
+        from altgrad.kernels import launch
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         warnings.warn("triton is not installed: CUDA tensors take the plain PyTorch forms of altgrad's kernels", RuntimeWarning, stacklevel=4)
         return None
-    return _cuda
+    return launch
 
 
-def _define(name: str, arguments: str, plain: Callable[..., Any], fake: Callable[..., Any] | None, returns: str = "Tensor", typed: int = 0) -> None:
-    """Register one operator; its kernel is _cuda's function of the same name, for floats of KERNEL_TYPES in argument `typed`."""
+def _known(arg: Any) -> bool:
+    """Whether kernels take this argument: double precision is left to plain PyTorch."""
+    dtype = arg.dtype if isinstance(arg, Tensor) else arg
+    return not isinstance(dtype, torch.dtype) or dtype in KERNEL_TYPES
+
+
+def _define(name: str, arguments: str, plain: Callable[..., Any], fake: Callable[..., Any] | None, returns: str = "Tensor") -> None:
+    """Register one operator; its kernel is launch.py's function of the same name, where `_known` holds for all arguments."""
     torch.library.define(f"altgrad::{name}", f"({arguments}) -> {returns}")
     torch.library.impl(f"altgrad::{name}", "default", plain)
 
     def on_cuda(*args: Any) -> Any:
-        kernels = _kernels() if args[typed].dtype in (*KERNEL_TYPES, torch.int64) else None
+        kernels = _kernels() if all(map(_known, args)) else None
         return plain(*args) if kernels is None else getattr(kernels, name)(*args)
 
     torch.library.impl(f"altgrad::{name}", "cuda", on_cuda)
@@ -146,7 +152,7 @@ def _fake_nothing(*args: Any) -> None:
 LINEAR = "Tensor x, Tensor weight, Tensor? bias, Tensor a, Tensor b, float scale"
 _define("population_linear", f"{LINEAR}, bool shared, bool pairs", plain_linear, _fake_linear)
 _define("member_linear", LINEAR, plain_member, _fake_member)
-_define("lowrank_update", "Tensor coefficients, Tensor a, Tensor b", plain_update, _fake_update, typed=1)
+_define("lowrank_update", "Tensor coefficients, Tensor a, Tensor b", plain_update, _fake_update)
 _define(
     "addressed_linear",
     f"Tensor x, Tensor weight, Tensor? bias, {ADDRESS}, int rank, float scale, bool shared, bool pairs",
@@ -177,13 +183,12 @@ def _first(value: Tensor, axis: int | None) -> Tensor:
     return value.movedim(axis, 0) if axis else value
 
 
-def _member_rule(
-    size: int, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-) -> tuple[Tensor, int]:
+def _member_rule(size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Tensor, int]:
     """Members become one population; what they have in common is written once."""
+    x, weight, bias, a, b, scale = args
     over_x, over_weight, over_bias, over_a, over_b = in_dims[:5]
     if over_weight is not None:
-        return _one_by_one(OPS.member_linear, size, in_dims, (x, weight, bias, a, b, scale))
+        return _one_by_one(OPS.member_linear, size, in_dims, args)
     x, bias = _first(x, over_x), None if bias is None else _first(bias, over_bias)
     a = a.expand(size, *a.shape) if over_a is None else _first(a, over_a)
     b = b.expand(size, *b.shape) if over_b is None else _first(b, over_b)
@@ -198,7 +203,11 @@ def _population_rule(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Te
     return OPS.population_linear(x.movedim(in_dims[0], 0 if shared else 1), *rest), 1
 
 
-torch.library.register_vmap("altgrad::member_linear", lambda info, in_dims, *args: _member_rule(info.batch_size, in_dims, *args))
+def _member_rule_for(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    return _member_rule(info.batch_size, in_dims, args)
+
+
+torch.library.register_vmap("altgrad::member_linear", _member_rule_for)
 torch.library.register_vmap("altgrad::population_linear", _population_rule)
 
 
@@ -207,10 +216,14 @@ def member_under_vmap(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
     interpreter = peek_interpreter_stack()
     if torch.compiler.is_compiling() or interpreter is None or interpreter.level() != 1 or interpreter.key() != TransformType.Vmap:
         return OPS.member_linear(x, weight, bias, a, b, scale)
-    parts, in_dims = zip(*((None, None) if part is None else _unwrap_batched(part, 1) for part in (x, weight, bias, a, b)), strict=True)
-    size = next((part.shape[axis] for part, axis in zip(parts, in_dims, strict=True) if axis is not None), None)
+    parts, in_dims = [], []
+    for value in (x, weight, bias, a, b):
+        part, axis = (None, None) if value is None else _unwrap_batched(value, 1)
+        parts.append(part)
+        in_dims.append(axis)
+    size = next((part.shape[axis] for part, axis in zip(parts, in_dims, strict=True) if part is not None and axis is not None), None)
     with temporarily_clear_interpreter_stack():
         if size is None:
             return OPS.member_linear(*parts, scale)
-        out, axis = _member_rule(size, (*in_dims, None), *parts, scale)
+        out, axis = _member_rule(size, (*in_dims, None), (*parts, scale))
     return _add_batch_dim(out, axis, 1)

@@ -16,6 +16,7 @@ from altgrad.population.parameters import ChangedInPlace
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers, replaying
+from altgrad.world import World
 
 RUNGS = ("vmap", "objective", "member")
 SHARE = 0.8  # of the memory at hand that a chunk may take: the rest of the program needs some too

@@ -32,7 +32,7 @@ from altgrad.engine import Estimate, Tree
 from altgrad.errors import SettingError, ShapeError, near_miss, require
 from altgrad.population.draws import Chunk, Draws
 from altgrad.population.evaluate import REFUSALS, Notes, each_member, in_order, members_of, passing, rows_of
-from altgrad.population.fitness import check_memory
+from altgrad.population.fitness import check_memory, shared_among, told
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
@@ -76,6 +76,8 @@ class Unrolled:
     def run(self, within: range) -> tuple[Tensor, Tree]:
         """The members of the directions `within`, laid out as members are."""
         parts = [self.chunk(first, count) for first, count in self.draws.chunks(within)]
+        if not parts:  # more ranks than directions
+            return torch.zeros(0, device=next(iter(self.draws.params.values())).device), {name: value[:0] for name, value in self.carry.items()}
         return parts[0] if len(parts) == 1 else tree_map(lambda *leaves: in_order(list(leaves), self.draws), *parts)
 
     def samplers(self) -> AddressedSamplers:
@@ -154,10 +156,11 @@ def estimate(engine: "Evolution", problem: Problem, params: Tree, state: Tree, b
     evaluation = Unrolled(problem, draws[0], carry, batch, key, notes)
     problem.recall(("truncated memory", engine, problem.batch_size_of(batch)), lambda: fit_memory(engine, evaluation))
     own_fitness, own_carry = evaluation.run(world.share(engine.directions))
-    fitness = among_ranks(own_fitness, draws[0], world)
-    moved = {name: among_ranks(value, draws[0], world) for name, value in own_carry.items()}
+    fitness = shared_among(own_fitness, draws[0], world)
+    moved = {name: shared_among(value, draws[0], world, dtype=value.dtype) for name, value in own_carry.items()}
     weights = shapings.shape(engine.shaping, fitness, pairs=True, maximize=engine.maximize)
     engine.warn_if_equal(problem, fitness, weights, key)
+    mean, deviation, odd = told(fitness, quiet)
     broken = ~fitness.isfinite()
     for value in moved.values():
         if value.is_floating_point():
@@ -167,36 +170,18 @@ def estimate(engine: "Evolution", problem: Problem, params: Tree, state: Tree, b
     metrics = {
         "forwards": torch.tensor(engine.population, dtype=torch.float64),
         "backwards": torch.zeros(()),
-        "fitness_deviation": fitness.double().std(correction=0),
+        "fitness_deviation": deviation,
         "sigma": torch.tensor(draws[0].sigma, dtype=torch.float64),
-        "members_not_finite": (~fitness.isfinite()).sum(),
+        "members_not_finite": odd,
         "restarts": broken.sum(),
         **{name: torch.tensor(count) for name, count in notes.metrics().items()},
     }
-    return Estimate(mean_loss(fitness, quiet, maximize=engine.maximize), Moves(draws, taking_part), after, metrics, {})
+    return Estimate(mean, Moves(draws, taking_part), after, metrics, {})
 
 
 def where(condition: Tensor, begun: Tensor, carried: Tensor) -> Tensor:
     """`begun` […] for the members [P] of the condition, their own of `carried` [P, …] for the others."""
     return torch.where(condition.reshape(-1, *(1 for _ in begun.shape)), begun.detach(), carried)
-
-
-def mean_loss(fitness: Tensor, quiet: Tensor | None, *, maximize: bool) -> Tensor:
-    """The perturbed members' mean, the worst finite loss in place of those that are not; NaN where none is finite."""
-    loud = fitness.double() if quiet is None else fitness.double()[~torch.cat([quiet, quiet]).to(fitness.device)]
-    mean = shapings.clean_fitness(loud, maximize=maximize)[0].mean()
-    return mean.where(loud.isfinite().any(), torch.nan)
-
-
-def among_ranks(own: Tensor, draws: Draws, world: World) -> Tensor:
-    """Every rank's rows [own members, …] as one [P, …], in the order of the members."""
-    if world.size == 1:
-        return own
-    counts = [len(World(rank, world.size).share(draws.count)) for rank in range(world.size)]
-    rows = own.new_zeros(2, max(counts), *own.shape[1:])  # ranks send one shape
-    rows[:, : counts[world.rank]] = own.reshape(2, -1, *own.shape[1:])
-    parts = [part[:, :count] for part, count in zip(world.gather(rows), counts, strict=True)]
-    return torch.cat(parts, 1).flatten(0, 1)
 
 
 def fit_memory(engine: "Evolution", evaluation: Unrolled) -> bool:

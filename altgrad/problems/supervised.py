@@ -94,6 +94,9 @@ class Supervised(Problem):
                 check_labels(outputs, given)
             with fitting(f"the loss does not take outputs of {shapes_of(outputs)} with targets of {shapes_of(given)}"):
                 value = self.loss_function(outputs, given)
+            if isinstance(value, (int, float)):  # an objective outside PyTorch: rules that need no more than its value take it as it is
+                self.split_loss = "none"
+                return
             self.check(value, batch)
             if self.split_loss is None:
                 self.split_loss = self.find_split(outputs, given, size)
@@ -130,6 +133,7 @@ class Supervised(Problem):
             self.split_loss = self.find_split(plain, targets, outputs.shape[0])
         if self.split_loss in {None, "none", "each"}:
             value = self.loss_function(outputs, targets)
+            require_tensor(value)
             return value.flatten(1).mean(1) if value.ndim > 1 else value.reshape(-1)
         lifted = unreduced(self.loss_function) is None
         value = apply(self.loss_of_each, outputs, targets) if lifted else self.loss_of_each(outputs, targets)
@@ -164,8 +168,7 @@ class Supervised(Problem):
 
     def check(self, value: Any, batch: Batch) -> None:
         """The loss must be a float tensor: a scalar or one number an example."""
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise ShapeError(f"the loss returned {type(value).__name__}; it must return a float tensor: a scalar, or one loss an example.")
+        require_tensor(value)
         if value.ndim and value.shape[0] != self.batch_size_of(batch):
             raise ShapeError(
                 f"the loss returned shape {tuple(value.shape)} for a batch of {self.batch_size_of(batch)}; it must return a scalar or one loss an example."
@@ -195,6 +198,13 @@ class Supervised(Problem):
         if not math.isfinite(total) and (wrong := not_finite(inputs)):
             raise NumericsError(f"{self.name}, {split} set: {wrong}")
         return {"accuracy": right / len(inputs), "loss": total / len(inputs)}
+
+
+def require_tensor(value: Any) -> None:
+    """Raise ShapeError unless the loss returned a float tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        seen = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(f"the loss returned {seen}; it must return a float tensor: a scalar, or one loss an example.")
 
 
 def widened(leaf: Any) -> Any:
