@@ -84,6 +84,26 @@ def cases(width: int, members: int, tokens: int, rank: int) -> dict[str, tuple[C
     return found
 
 
+def shared_rows(members: int, rank: int) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
+    """Members that see one batch of 64, in the first layer of 784-256-10."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((64, 784), (256, 784), (256,)))
+    rows = x.expand(members, *x.shape).contiguous()
+    half = range(members // 2)
+    a, b = (f.clone() for f in lowrank.factors("normal", KEY, tensor=NAME, members=half, rank=rank, shape=weight.shape))
+
+    def drawn() -> torch.Tensor:
+        return lowrank.addressed_linear(x, weight, bias, KEY, tensor=NAME, members=half, law="normal", rank=rank, shared=True, pairs=True)
+
+    def plain() -> torch.Tensor:
+        return F.linear(rows, weight, bias)
+
+    return {
+        "shared rows, made": (plain, lambda: lowrank.population_linear(x, weight, bias, a, b, shared=True, pairs=True)),
+        "shared rows, drawn, normal": (plain, drawn),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
@@ -91,7 +111,7 @@ def main() -> None:
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--members", type=int, default=256)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[0, 1, 4, 16], help="a member; 0 is the shared batch of 784-256-10")
     parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--out", default=None)
     arguments = parser.parse_args()
@@ -101,7 +121,8 @@ def main() -> None:
     rows = []
     with torch.no_grad(), noise.compiled(True):
         for tokens in arguments.tokens:
-            for name, (base, case) in cases(arguments.width, arguments.members, tokens, arguments.rank).items():
+            chosen = cases(arguments.width, arguments.members, tokens, arguments.rank) if tokens else shared_rows(arguments.members, arguments.rank)
+            for name, (base, case) in chosen.items():
                 (low, middle, high), fastest = compare(base, case, arguments.repeats, CLOCKS[arguments.clock])
                 rows.append({"tokens": tokens, "case": name, "ratio": middle, "quartiles": [low, high], "fastest": fastest})
                 print(f"{tokens:3} tokens  {name:30} {middle:6.3f}  ({low:.3f} … {high:.3f}; fastest runs {fastest:.3f})", flush=True)

@@ -236,6 +236,7 @@ REFUSED = [
     ({"max_evaluations": 0}, SettingError, "max_evaluations=0"),
     ({"max_evaluations": 10.5}, SettingError, "max_evaluations=10.5"),
     ({"population": 3}, SettingError, "population=3"),
+    ({"seed": "a"}, SettingError, "seed='a'"),
     ({"target": "low"}, SettingError, "target='low'"),
     ({"restarts": "ipo"}, SettingError, "restarts='ipo'.*none, ipop, bipop"),
     ({"surrogate": lambda x: x}, SettingError, "surrogate was given to cma-es.*guided-es"),

@@ -110,5 +110,5 @@ def test_an_engine_that_needs_more_than_a_model_and_a_loss_is_refused_with_what_
     class Energetic(altgrad.Engine):
         needs = altgrad.Needs.ENERGY
 
-    with pytest.raises(CapabilityError, match="use one of: backprop, forward"):
+    with pytest.raises(CapabilityError, match="use one of: backprop, eggroll, es, forward"):
         Learner(net(), F.cross_entropy, engine=Energetic())

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from altgrad.errors import SettingError, ShapeError
 from altgrad.kernels import lowrank, noise
 from altgrad.kernels.perturbations import unit_noise
+from altgrad.metrics import flops, live_bytes
 from altgrad.rng import LAWS, Key, tensor_id
 
 MEMBERS, INPUTS, OUTPUTS = 6, 5, 7
@@ -119,6 +120,12 @@ def test_vmap_along_any_axis_of_any_argument_equals_the_loop(in_dims):
     assert (found - torch.stack([lowrank.member_linear(*row) for row in zip(*rows, strict=True)])).abs().max() < EXACT
 
 
+def test_operations_of_members_are_counted_under_vmap():
+    x, weight, bias, a, b = case(False, False, "one", 1)
+    rows = MEMBERS * 3
+    assert flops(lambda: torch.vmap(lowrank.member_linear, in_dims=(0, None, None, 0, 0))(x, weight, bias, a, b)) >= 2 * rows * INPUTS * (OUTPUTS + 1)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_vmap_of_rows_within_vmap_of_members_equals_the_loop(shared):
     x, weight, bias, a, b = case(shared, False, "one", 2)
@@ -154,6 +161,19 @@ def test_addressed_update_is_the_explicit_sum_for_every_chunk(law, chunk, rank):
     a, b = lowrank.factors(law, KEY, tensor=NAME, members=members, rank=rank, shape=shape, dtype=torch.float64)
     found = lowrank.addressed_update(weights, KEY, tensor=NAME, members=members, law=law, rank=rank, shape=shape, chunk=chunk, dtype=torch.float64)
     assert (found - torch.einsum("p,pmr,pnr->mn", weights, a, b).view(shape)).abs().max() < EXACT
+
+
+def test_memory_of_an_update_is_that_of_a_chunk():
+    shape, members = (96, 160), range(512)
+
+    def peak(chunk):
+        with live_bytes() as live:
+            lowrank.addressed_update(torch.ones(512), KEY, tensor=NAME, members=members, law="normal", rank=1, shape=shape, chunk=chunk)
+        return live.peak
+
+    one = 4 * sum(shape)  # bytes of one member's factors
+    assert peak(512) > 512 * one
+    assert peak(8) < 2 * 4 * 96 * 160 + 64 * one + 2**16
 
 
 def test_update_of_16_bit_factors_is_summed_in_float32():

@@ -263,6 +263,32 @@ ATTENTION = {
     "encoder, norm first, gelu": layer(lambda: nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", norm_first=True), (4, 3, 8), train=False),
     "decoder": layer(lambda: nn.TransformerDecoderLayer(8, 2, 16, batch_first=True), (3, 4, 8), (3, 5, 8), train=False),
 }
+
+
+def heads(**kwargs: Any) -> Made:
+    """Scaled dot-product attention itself, behind a projection."""
+
+    def run(linear: Any, x: Tensor) -> Tensor:
+        parts = linear(x).unflatten(-1, (8, 4)).transpose(-3, -2)  # [N, 8, L, 4]
+        q, k, v = parts.split([4, 2, 2], -3) if kwargs.get("enable_gqa") else parts[..., :6, :, :].split(2, -3)
+        return F.scaled_dot_product_attention(q, k, v, **{name: part(parts) if callable(part) else part for name, part in kwargs.items()})
+
+    return layer(lambda: nn.Linear(8, 32), kwargs.pop("shape", (3, 4, 8)), call=run)
+
+
+PRODUCTS = {
+    "plain": heads(),
+    "causal": heads(is_causal=True),
+    "no batch": heads(shape=(4, 8)),
+    "no batch, masked": heads(shape=(4, 8), attn_mask=~CAUSAL),
+    "masked": heads(attn_mask=~CAUSAL),
+    "an example's mask": heads(attn_mask=~HIDE[:, None, None, :]),
+    "an example's added mask": heads(attn_mask=ADDED.double().expand(3, 1, 4, 4) * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)[:, None, None, None]),
+    "a member's mask": heads(attn_mask=lambda parts: parts[:, :1]),
+    "scaled": heads(scale=0.3),
+    "grouped queries": heads(enable_gqa=True),
+    "dropout": heads(dropout_p=0.4),
+}
 RECURRENT = {
     "rnn": layer(lambda: nn.RNN(5, 4, batch_first=True), (3, 6, 5)),
     "rnn, relu": layer(lambda: nn.RNN(5, 4, nonlinearity="relu"), (6, 3, 5)),
@@ -292,7 +318,14 @@ VECTORS = {
     "dropout": layer(lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)), (6, 5)),
     "channel dropout": layer(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.5)), (3, 2, 5, 5)),
 }
-LAYERS = {**LINEAR, **CONVOLUTIONS, **{f"attention, {n}": made for n, made in ATTENTION.items()}, **RECURRENT, **VECTORS}
+LAYERS = {
+    **LINEAR,
+    **CONVOLUTIONS,
+    **{f"attention, {n}": made for n, made in ATTENTION.items()},
+    **{f"product, {n}": made for n, made in PRODUCTS.items()},
+    **RECURRENT,
+    **VECTORS,
+}
 
 
 # -- the claim, for every layer ---------------------------------------------------------------------------------------------------

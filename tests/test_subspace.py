@@ -243,6 +243,19 @@ def test_short_parameters_are_moved_in_float32(dtype):
     assert estimate(rule, problem, params, state).grads[Z].dtype == torch.float32
 
 
+class Twins(World):
+    """Two ranks that hold the same."""
+
+    def gather(self, tensor):
+        return [tensor, tensor]
+
+
+def test_a_mean_over_ranks_of_unlike_shares_leaves_the_seed_of_the_subspace_as_it_is():
+    state = begun()[3]
+    state[SEED] = torch.tensor([2**32 - 1, 2**32 - 2])
+    assert torch.equal(Twins(0, 2).mean(state[SEED], shares=[0.3, 0.7]), state[SEED])
+
+
 # -- trouble ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ makes the model the trained one. P is a function of the run's key, 4 bytes a par
 members by perturbing z writes each member's θ out in full, d numbers: the inner engine's `chunk` bounds that, and low-rank noise has no meaning
 for a vector z.
 
-Source: Li, Farkhoor, Liu, Yosinski 2018, "Measuring the Intrinsic Dimension of Objective Landscapes", arXiv 1804.08838, equation 2.
+Source: Li, Farkhoor, Liu, Yosinski 2018, "Measuring the Intrinsic Dimension of Objective Landscapes", arXiv 1804.08838, section 2.
 """
 
 import re
@@ -55,6 +55,10 @@ class Projection:
         # One number an element: k for an entry +1/√n_k of column k, D + k for -1/√n_k.
         self.places = {name: part.to(params[name].device) for name, part in zip(params, torch.from_numpy(place).split(sizes), strict=True)}
         self.lengths = torch.from_numpy(np.bincount(place % dimension, minlength=dimension)).double().sqrt()  # √n_k, [D]
+
+    def lies_beside(self, params: Tree) -> bool:
+        """Whether it is on the devices of the parameters."""
+        return all(place.device == params[name].device for name, place in self.places.items())
 
     def move(self, z: Tensor, name: str, like: Tensor) -> Tensor:
         """The part of P z that belongs to one parameter, in its shape and z's dtype."""
@@ -183,7 +187,7 @@ class RandomSubspace(Engine):
 
     @property
     def source(self) -> str:
-        return f"Li et al. 2018, arXiv 1804.08838, equation 2; {self.inner}: {self.rule.source}"
+        return f"Li et al. 2018, arXiv 1804.08838, section 2; {self.inner}: {self.rule.source}"
 
     def aux(self, problem: Problem, key: Key) -> Tree:
         params = problem.params()
@@ -204,15 +208,16 @@ class RandomSubspace(Engine):
 
     def projection(self, problem: Problem, state: Tree, origin: Tree) -> Projection:
         """P, made once; the state's seed is read from the device again only where the state is another one."""
-        words, held = state[SEED], problem.facts.get("subspace")
-        fits = held is not None and held[1].dimension == self.dimension
-        if fits and held[0] is words:
-            return held[1]  # type: ignore[no-any-return]
-        low, high = words.tolist()
-        seed = (high << 32) + low
-        found = held[1] if fits and held[1].seed == seed else Projection(seed, origin, self.dimension)
-        problem.facts["subspace"] = words, found
-        return found
+        words = state[SEED]
+        read, found = problem.facts.get("subspace", (None, None))  # the tensor that the seed was read from, and P
+        if read is not words or found.dimension != self.dimension:
+            low, high = words.tolist()
+            seed = (high << 32) + low
+            if found is None or (found.seed, found.dimension) != (seed, self.dimension) or not found.lies_beside(origin):
+                found = Projection(seed, origin, self.dimension)
+            problem.facts["subspace"] = words, found
+        made: Projection = found
+        return made
 
     def inside(self, problem: Problem, params: Tree, state: Tree) -> InSubspace:
         """The problem as a function of z, about the parameters as they are."""

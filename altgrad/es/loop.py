@@ -88,6 +88,7 @@ def minimize(
     require(is_whole(max_evaluations) and max_evaluations >= 1, "max_evaluations", max_evaluations, "a whole number ≥ 1")
     require(target is None or (is_number(target) and not np.isnan(target)), "target", target, "a number")
     require(is_whole(checkpoint_every) and checkpoint_every >= 1, "checkpoint_every", checkpoint_every, "a whole number ≥ 1")
+    require(is_whole(seed), "seed", seed, "a whole number")
     require(restarts in restarting.KINDS, "restarts", restarts, "one of " + ", ".join(restarting.KINDS))
     if not callable(f):
         raise SettingError(f"f={f!r} is not allowed; it must be a function of x that returns a number.")

@@ -54,7 +54,8 @@ def _own(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
                 torch.bmm(inner[part], a.mT, out=out[part])
             else:
                 torch.baddbmm(start if start.ndim == 1 else start[half], inner[part], a.mT, out=out[part])
-    out.view(-1, outputs).addmm_(flat, weight.t())
+    total = out.view(-1, outputs)
+    torch.addmm(total, flat, weight.t(), out=total)  # as addmm_, which operation counters do not know
     return out.view(members, *x.shape[1:-1], outputs)
 
 

@@ -183,8 +183,8 @@ def _first(value: Tensor, axis: int | None) -> Tensor:
     return value.movedim(axis, 0) if axis else value
 
 
-def _member_rule(size: int, in_dims: Sequence[int | None], args: Sequence[Any]) -> tuple[Tensor, int]:
-    """Members become one population; what they have in common is written once."""
+def _member_rule(size: int, in_dims: Sequence[int | None], args: Sequence[Any], population: Callable[..., Tensor]) -> tuple[Tensor, int]:
+    """Members become one `population`; what they have in common is written once."""
     x, weight, bias, a, b, scale = args
     over_x, over_weight, over_bias, over_a, over_b = in_dims[:5]
     if over_weight is not None:
@@ -192,7 +192,7 @@ def _member_rule(size: int, in_dims: Sequence[int | None], args: Sequence[Any]) 
     x, bias = _first(x, over_x), None if bias is None else _first(bias, over_bias)
     a = a.expand(size, *a.shape) if over_a is None else _first(a, over_a)
     b = b.expand(size, *b.shape) if over_b is None else _first(b, over_b)
-    return OPS.population_linear(x, weight, bias, a, b, scale, over_x is None, False), 0
+    return population(x, weight, bias, a, b, scale, over_x is None, False), 0
 
 
 def _population_rule(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -204,7 +204,7 @@ def _population_rule(info: Any, in_dims: Any, x: Tensor, *rest: Any) -> tuple[Te
 
 
 def _member_rule_for(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
-    return _member_rule(info.batch_size, in_dims, args)
+    return _member_rule(info.batch_size, in_dims, args, OPS.population_linear)
 
 
 torch.library.register_vmap("altgrad::member_linear", _member_rule_for)
@@ -225,5 +225,6 @@ def member_under_vmap(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor,
     with temporarily_clear_interpreter_stack():
         if size is None:
             return OPS.member_linear(*parts, scale)
-        out, axis = _member_rule(size, (*in_dims, None), (*parts, scale))
+        population = plain_linear if x.device.type == "cpu" else OPS.population_linear
+        out, axis = _member_rule(size, (*in_dims, None), (*parts, scale), population)
     return _add_batch_dim(out, axis, 1)

@@ -84,7 +84,7 @@ def plain_addressed_update(
                 total = plain_update(weights, a, b)
             else:
                 left, right = columns(weights, a, b)
-                total.addmm_(left.t(), right)
+                torch.addmm(total, left.t(), right, out=total)
     if total is None:
         total = torch.zeros(rows, width, dtype=torch.promote_types(dtype, torch.float32), device=coefficients.device)
     return total.view(*shape)

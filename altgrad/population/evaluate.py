@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from altgrad.engine import Tree
 from altgrad.errors import AltgradError
+from altgrad.population.attention import attend
 from altgrad.population.draws import Chunk, Draws
-from altgrad.population.layers import RECURRENT
+from altgrad.population.layers import TAKEN_APART
 from altgrad.population.parameters import Perturbed
 from altgrad.samplers import AddressedSamplers, replaying
 
@@ -52,15 +53,17 @@ class Population(TorchFunctionMode):
     """Functions that need another form where members are batched.
 
     Batch norm in training normalises each member's batch by that batch's own statistics and leaves the running ones alone; they follow the
-    unperturbed pass. Recurrent layers are taken apart, as their fused kernels have no batched form.
+    unperturbed pass. Recurrent layers and attention are taken apart or folded, as their fused kernels have no batched form.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm:
             return batch_norm(*args, **kwargs)
-        if func in RECURRENT and not any(isinstance(leaf, Perturbed) for leaf in tree_leaves(args)):
-            return RECURRENT[func](*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return attend(*args, **kwargs)
+        if func in TAKEN_APART and not any(isinstance(leaf, Perturbed) for leaf in tree_leaves((args, kwargs))):
+            return TAKEN_APART[func](*args, **kwargs)
         return func(*args, **kwargs)
 
 

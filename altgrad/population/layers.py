@@ -186,3 +186,4 @@ def cell(kin: Any) -> Callable[..., Any]:
 RECURRENT = {func: recurrence(func) for func in recurrent.CELLS} | {func: cell(kin) for func, kin in recurrent.SINGLE.items()}
 for function, decomposed in RECURRENT.items():
     rule(function)(decomposed)
+TAKEN_APART = {**RECURRENT, F.multi_head_attention_forward: multi_head_attention}
