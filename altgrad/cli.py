@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import altgrad
-from altgrad import cli_bench, cli_checks, cli_compare, cli_listings
+from altgrad import cli_bench, cli_checks, cli_compare, cli_es, cli_listings
 from altgrad.cli_frame import Root, columns, emit, figures, note, percent
 from altgrad.cli_options import FOLDER, chosen, complete_engine, free_folder, how_options, out_options, plain, what_options
 from altgrad.cli_progress import Display
@@ -232,5 +232,5 @@ def show_results(results: dict[str, dict[str, Any]], *, as_json: bool) -> None:
         click.echo(columns(rows, HEADINGS))
 
 
-for command in (*cli_compare.COMMANDS, *cli_listings.COMMANDS, *cli_checks.COMMANDS, *cli_bench.COMMANDS):
+for command in (*cli_compare.COMMANDS, *cli_listings.COMMANDS, *cli_checks.COMMANDS, *cli_bench.COMMANDS, *cli_es.COMMANDS):
     cli.add_command(command)

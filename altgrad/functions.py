@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from altgrad import registry
 from altgrad.engine import Engine, Tree, fit_check
-from altgrad.errors import NumericsError, ShapeError
+from altgrad.errors import CapabilityError, NumericsError, ShapeError
 from altgrad.forward_mode import primal_of
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
@@ -79,10 +79,16 @@ def value_and_grad(
         params = problem.bind(args, kwargs)
         fit_check(rule, problem, alternatives=registry.needs)
         key = key or Key(0)
-        trained = {**params, **rule.aux(problem, key)}
+        own = rule.aux(problem, key)
+        trained = {**params, **own}
         found = rule.estimate(problem, trained, rule.init(problem, trained, key), Batch((), ()), key, World())
         if not bool(torch.isfinite(found.loss)):
             raise NumericsError(f"the function's value is {float(found.loss)} in {rule.name}; its gradient cannot be estimated there.")
+        if own and not any(name in found.grads for name in params):
+            raise CapabilityError(
+                f"engine {rule.name} trains {', '.join(sorted(own))} in place of the function's arguments, so it gives no gradient of them; "
+                "use it with altgrad.Learner, or another engine here."
+            )
         grads = tree_unflatten([found.grads[name] if name in found.grads else torch.zeros_like(leaf) for name, leaf in params.items()], problem.spec)
         return ((found.loss, problem.aux) if has_aux else found.loss), grads
 

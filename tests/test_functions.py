@@ -157,3 +157,8 @@ def test_minimising_with_estimates_finds_the_minimum():
     for step in range(150):
         x = x - 0.1 * estimate(x, key=Key(0, step))
     assert torch.allclose(x, torch.ones(3), atol=1e-3)  # the noise shrinks with the gradient
+
+
+def test_an_engine_that_trains_something_else_is_refused_by_grad():
+    with pytest.raises(CapabilityError, match=r"subspace\.z"):
+        altgrad.grad(lambda p: (p * p).sum(), engine="random-subspace", dimension=2)(torch.ones(5))
