@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 
 from altgrad.errors import CapabilityError
 from altgrad.kernels import noise
@@ -318,7 +319,53 @@ VECTORS = {
     "dropout": layer(lambda: nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.5), nn.Linear(8, 3)), (6, 5)),
     "channel dropout": layer(lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout2d(0.5)), (3, 2, 5, 5)),
 }
+
+
+class Cube(torch.autograd.Function):
+    """x³, written for no vmap."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)
+        return x**3
+
+
+class NewCube(torch.autograd.Function):
+    """x³ in the new style, still without a rule for vmap."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+class RuledCube(torch.autograd.Function):
+    """x³ with a rule of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+
+FUNCTIONS = {
+    "function, old style": layer(lambda: nn.Linear(5, 4), (6, 5), call=lambda m, x: Cube.apply(m(x))),
+    "function, new style": layer(lambda: nn.Linear(5, 4), (6, 5), call=lambda m, x: NewCube.apply(m(x))),
+    "function, with a rule": layer(lambda: nn.Linear(5, 4), (6, 5), call=lambda m, x: RuledCube.apply(m(x))),
+    "checkpoint": layer(lambda: nn.Linear(5, 4), (6, 5), call=lambda m, x: checkpoint(m, x, use_reentrant=False)),
+    "checkpoint, reentrant": layer(lambda: nn.Linear(5, 4), (6, 5), call=lambda m, x: checkpoint(m, x, use_reentrant=True)),
+}
 LAYERS = {
+    **FUNCTIONS,
     **LINEAR,
     **CONVOLUTIONS,
     **{f"attention, {n}": made for n, made in ATTENTION.items()},

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton has no wheel for this platform; on Linux it comes with the test extra")
+pytest.importorskip("triton", reason="Triton has no wheel for this platform; on Linux it comes with the dev extra")
 
 TESTS = pathlib.Path(__file__).parent
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from altgrad.engine import Tree
 from altgrad.errors import AltgradError
 from altgrad.population.attention import attend
+from altgrad.population.custom import running_custom_functions
 from altgrad.population.draws import Chunk, Draws
 from altgrad.population.layers import TAKEN_APART
 from altgrad.population.parameters import Perturbed
@@ -133,7 +134,8 @@ def members_of(draws: Draws, part: Chunk, call: Function, notes: Notes, *, extra
         outputs, known["rebuilt"] = taken_apart(call(values) if extra is None else call(values, rebuilt(own)))
         return outputs
 
-    outputs = torch.func.vmap(member)(part.thin, part.full, given)
+    with running_custom_functions():
+        outputs = torch.func.vmap(member)(part.thin, part.full, given)
     return known["rebuilt"](outputs)
 
 

@@ -1,0 +1,42 @@
+"""torch.autograd.Function for all members at once: no graph is kept, so that its forward may run as the plain function it is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch.autograd import Function
+from torch.utils.checkpoint import CheckpointFunction
+
+
+class Unused:
+    """A context that nobody reads: what is saved for a backward sweep is dropped."""
+
+    needs_input_grad = ()
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        pass
+
+    save_for_forward = mark_dirty = mark_non_differentiable = save_for_backward
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+@contextmanager
+def running_custom_functions() -> Iterator[None]:
+    """Within it, Functions that have no rule for vmap run their forward, and reentrant checkpoints what they hold."""
+    original = Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            return args[0](*args[2:])
+        if cls.vmap is not Function.vmap or cls.generate_vmap_rule:
+            return original.__get__(None, cls)(*args, **kwargs)
+        with_context = cls.setup_context is Function.setup_context
+        return cls.forward(*((Unused(), *args) if with_context else args), **kwargs)
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        Function.apply = original  # type: ignore[method-assign]
