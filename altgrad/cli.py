@@ -61,7 +61,7 @@ def train(
     model_setting: tuple[str, ...],
     engine: str,
     engine_setting: tuple[str, ...],
-    optimizer: str,
+    optimizer: str | None,
     optimizer_setting: tuple[str, ...],
     schedule: str,
     warmup: float,

@@ -55,7 +55,7 @@ what_options = with_options(
     click.option("--model-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the model; repeatable."),
 )
 how_options = with_options(
-    click.option("--optimizer", default="Adam", show_default=True, help="See `altgrad optimizers`; upper and lower case do not matter."),
+    click.option("--optimizer", help="See `altgrad optimizers`; upper and lower case do not matter. [default: Adam, or what the engine is made for]"),
     click.option("--optimizer-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer; repeatable."),
     click.option("--schedule", default="constant", show_default=True, metavar="NAME", shell_complete=complete_schedule, help=SCHEDULE),
     click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE", help="Share of the run in which the rate rises to its full height."),

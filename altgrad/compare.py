@@ -66,7 +66,7 @@ class CompareSettings:
     baselines: tuple[str, ...] = option(tuple(choice.label for choice in BASELINES), "which of the three backprop baselines; backprop itself always")
     seeds: tuple[int, ...] = option((0, 1, 2), "one run of every engine for each")
     budget: str = option("epochs=10", "what each run may spend: epochs=…, forwards=… or seconds=…")
-    optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer, the same for every engine")
+    optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer, the same for every engine but those made for one of their own")
     optimizer_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the optimizer"})
     lr: float | None = option(None, "one learning rate for every engine, without tuning")
     lrs: tuple[float, ...] = option((), "learning rates tried for every engine on a validation split; none for a grid of four")
@@ -111,9 +111,15 @@ class CompareSettings:
         known = [choice.build() for choice in wanted]
         return [*wanted, *(choice for choice in self.engines if choice.build() not in known)]
 
+    def made_for(self) -> dict[str, Mapping[str, Any]]:
+        """label -> optimizer and learning rate of the engines that are made for their own and not tuned."""
+        own = {choice.label: choice.build().defaults for choice in self.choices()}
+        return {label: found for label, found in own.items() if found and label not in self.rates}
+
     def train_settings(self, choice: Choice, *, seed: int, lr: float | None) -> TrainSettings:
         """One run of `choice`, which the budget is to end."""
         sizes = {} if self.batch_size is None else {"batch_size": self.batch_size}
+        own = choice.build().defaults
         return TrainSettings(
             problem=self.problem,
             problem_settings={**self.problem_settings, **sizes},
@@ -121,11 +127,11 @@ class CompareSettings:
             model_settings=self.model_settings,
             engine=choice.engine,
             engine_settings=dict(choice.settings),
-            optimizer=self.optimizer,
-            optimizer_settings=self.optimizer_settings,
-            lr=lr,
-            schedule=self.schedule,
-            warmup=self.warmup,
+            optimizer=own.get("optimizer", self.optimizer),
+            optimizer_settings={} if own else self.optimizer_settings,
+            lr=own["lr"] if own and choice.label not in self.rates else lr,
+            schedule="constant" if own else self.schedule,
+            warmup=0.0 if own else self.warmup,
             steps=LIMIT,
             seed=seed,
             clip=self.clip,
@@ -197,12 +203,13 @@ def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | 
     if not costs:
         raise UsageError(f"there is nothing to compare: problem {settings.problem} is not for backprop, and no other engine was named.")
     chosen = [choice for choice in settings.choices() if choice.label in costs]
-    total = sum(len(settings.seeds) + len(grid) * (choice.label not in settings.rates) for choice in chosen)
+    fixed = {*settings.rates, *settings.made_for()}  # labels that are not tuned
+    total = sum(len(settings.seeds) + len(grid) * (choice.label not in fixed) for choice in chosen)
     comparison = Comparison(runs.finite(asdict(settings)), runs.environment(), [*method(settings, grid, draws=DRAWS), *scheduled(settings)], [], skipped)
     done = 0
     for choice in chosen:
         tuning: dict[float, Outcome] = {}
-        for lr in grid if choice.label not in settings.rates else ():
+        for lr in grid if choice.label not in fixed else ():
             report = reporter(tell, "tune", choice.label, settings.tuning_seed, lr, done, total)
             tuning[lr] = run(settings, choice, seed=settings.tuning_seed, lr=lr, tuning=True, report=report)
             done += 1

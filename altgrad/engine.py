@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum, Flag, auto
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -67,6 +67,8 @@ class Engine:
 
     Subclasses set `name`, `needs`, `bias`, `split`, `source` as class attributes, or as properties where settings decide.
     """
+
+    defaults: ClassVar[Mapping[str, Any]] = {}  # "optimizer" and "lr" that the rule is made for, where the user names none
 
     @property
     def name(self) -> str:

@@ -23,6 +23,7 @@ from altgrad.schedules import Schedule
 from altgrad.world import World
 
 EPOCHS = 10  # where neither epochs nor steps are given and the problem has no default of its own
+OPTIMIZER = "Adam"  # where neither the user nor the engine names one
 STEPS = 1000  # the same for a problem that has no epochs
 FORMS = ("none", "eager", "compiled")  # how normals on the CPU are drawn
 COUNTS = ("forwards", "backwards")  # metrics that are summed over the run
@@ -43,7 +44,7 @@ class TrainSettings:
     model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
     engine: str = option("forward", "name, or package.module:attribute")
     engine_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the engine"})
-    optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer")
+    optimizer: str | None = option(None, "name in torch.optim or pytorch_optimizer; none for the one the engine is made for, Adam for most")
     optimizer_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the optimizer"})
     lr: float | None = option(None, "learning rate; none for the problem's default, or the optimizer's where another optimizer is chosen")
     schedule: str = option("constant", "how the learning rate changes along the run: constant, cosine or linear")
@@ -148,13 +149,15 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
     problem.check_batch(problem.batch(0, World()))  # the whole of it on every rank, with the first weights: the same answers whenever a run is resumed
     params = {name: leaf(tensor) for name, tensor in {**problem.params(), **engine.aux(problem, key.fold("aux"))}.items()}
     defaults = getattr(factory, "defaults", {})
-    own_lr = defaults.get("lr") if settings.optimizer.lower() == defaults.get("optimizer", "").lower() else None  # tuned for that optimizer
-    lr = settings.lr if settings.lr is not None else own_lr
-    optimizer = optimizers.build(settings.optimizer, params, lr=lr, settings=settings.optimizer_settings)
+    chosen = settings.optimizer or engine.defaults.get("optimizer", OPTIMIZER)
+    made_for = [own for own in (engine.defaults, defaults) if own.get("optimizer", "").lower() == chosen.lower()]  # a rate is tuned for one optimizer
+    lr = settings.lr if settings.lr is not None or not made_for else made_for[0].get("lr")
+    optimizer = optimizers.build(chosen, params, lr=lr, settings=settings.optimizer_settings)
     resolved = replace(
         settings,
         engine_settings={**settings.engine_settings, **engine.settings()},
         problem_settings={entry.name: getattr(factory, entry.name) for entry in fields(factory)},
+        optimizer=chosen,
         lr=lr if lr is not None else default_lr(optimizer),
         epochs=defaults.get("epochs", EPOCHS) if settings.epochs is None and settings.steps is None and problem.steps_per_epoch else settings.epochs,
     )
@@ -170,7 +173,7 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
         state=engine.init(problem, values, key.fold("init")),
         total_steps=total,
         world=world,
-        rates=Schedule(settings.schedule, settings.warmup).rates(optimizer.param_groups, optimizer=settings.optimizer),
+        rates=Schedule(settings.schedule, settings.warmup).rates(optimizer.param_groups, optimizer=chosen),
         counts={name: torch.zeros((), dtype=torch.float64, device=device) for name in COUNTS},
     )
 

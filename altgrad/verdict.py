@@ -95,6 +95,9 @@ def method(settings: "CompareSettings", grid: Sequence[float], *, draws: int) ->
         tuning = f"No tuning: every engine used {settings.optimizer} with the problem's default learning rate."
     if settings.rates:
         tuning += f" Set by hand, not tuned: {', '.join(f'{label} lr={lr:g}' for label, lr in settings.rates.items())}."
+    if own := settings.made_for():
+        shown = ", ".join(f"{label} {found['optimizer']} lr={found['lr']:g}" for label, found in own.items())
+        tuning += f" Made for an optimizer of their own, neither tuned nor scheduled: {shown}."
     return [
         f"Equal budget: every run stopped with the first step that reached {amount.strip()} {BUDGETS[kind.strip()]}; {seeds}.",
         tuning,

@@ -22,7 +22,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -83,8 +83,8 @@ def accuracy(task: Task, weights: Weights, pool: tuple[Tensor, Tensor]) -> float
 # ---------------------------------------------------------------------------------------------------------------- the two figures
 
 
-def speed(present: dict[str, Entry], task: Task, pool: tuple[Tensor, Tensor], repeats: int) -> list[dict[str, Any]]:
-    """Whole steps, every contender in turn."""
+def speed(present: dict[str, Entry], task: Task, pool: tuple[Tensor, Tensor], repeats: int, save: Callable[[int, list[dict[str, Any]]], None]) -> None:
+    """Whole steps, every contender in turn; what is known is saved after each repeat."""
     begin = start(task, 0)
     made = {name: entry.make(task, begin, *entry.settings[0], 0) for name, entry in present.items()}
     x, y = next(batches(pool, task, 1, 0))
@@ -92,33 +92,35 @@ def speed(present: dict[str, Entry], task: Task, pool: tuple[Tensor, Tensor], re
     each: dict[str, int] = {}
     for name, contender in made.items():
         contender.step(x, y)
-        contender.step(x, y)
         began = time.perf_counter()
         contender.step(x, y)
         each[name] = max(1, min(20, round(0.1 / (time.perf_counter() - began))))  # steps of a turn
-    for _ in range(repeats):
+    for repeat in range(repeats):
         for name, contender in made.items():
             contender.step(x, y)
             began = time.perf_counter()
             for _ in range(each[name]):
                 contender.step(x, y)
             seconds[name].append((time.perf_counter() - began) / each[name])
-    rows = []
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        row = {
-            "contender": name,
-            "how": present[name].how,
-            "members_per_second": round(task.population / middle, 1),
-            "milliseconds_per_step": round(1000 * middle, 2),
-            "quartiles_ms": [round(1000 * value, 2) for value in statistics.quantiles(times, n=4, method="inclusive")[::2]],
-            "compile_seconds": round(made[name].compile_seconds, 2),
-        }
-        for base in (base for base in BASES if base in seconds):
-            row[f"times slower than {base}"] = round(statistics.median(slow / fast for slow, fast in zip(times, seconds[base], strict=True)), 2)
-        print(row, flush=True)
-        rows.append(row)
-    return rows
+        save(repeat + 1, [{"contender": name, "how": present[name].how, **summary(name, seconds, task, made[name].compile_seconds)} for name in made])
+
+
+def summary(name: str, seconds: dict[str, list[float]], task: Task, compile_seconds: float) -> dict[str, Any]:
+    """One contender's figures; ratios are taken within each repeat."""
+    times = seconds[name]
+    middle = statistics.median(times)
+    slower = {
+        f"times slower than {base}": round(statistics.median(slow / fast for slow, fast in zip(times, seconds[base], strict=True)), 2)
+        for base in BASES
+        if base in seconds
+    }
+    return {
+        "members_per_second": round(task.population / middle, 1),
+        "milliseconds_per_step": round(1000 * middle, 2),
+        "lowest_and_highest_ms": [round(1000 * min(times), 2), round(1000 * max(times), 2)],
+        "compile_seconds": round(compile_seconds, 2),
+        **slower,
+    }
 
 
 def train(entry: Entry, task: Task, pool: tuple[Tensor, Tensor], setting: tuple[float, float], steps: int, seed: int) -> Weights | None:
@@ -210,8 +212,16 @@ def main() -> None:
     if options.only:
         present = {name: entry for name, entry in present.items() if options.only in name}
     if options.part != "accuracy":
-        found_speed = speed(present, task, found.train, repeats)
-        Keeper(options.out, peers, "speed").save({"setup": setup, "repeats": repeats, "rows": found_speed})
+        timed = Keeper(options.out, peers, "speed")
+        shown: list[dict[str, Any]] = []
+
+        def save(done: int, figures: list[dict[str, Any]]) -> None:
+            shown[:] = figures
+            timed.save({"setup": setup, "repeats": done, "rows": figures})
+
+        speed(present, task, found.train, repeats, save)
+        for row in shown:
+            print(row, flush=True)
     if options.part != "speed":
         keeper, setup = Keeper(options.out, peers, "accuracy"), {**setup, "steps": steps, "tune_steps": tune_steps, "seeds": seeds}
         rows = keeper.rows(setup) if options.only else {}

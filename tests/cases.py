@@ -64,4 +64,7 @@ CASES = [
     Case("eggroll", {"population": 16, "shaping": "raw", "antithetic": False}),
     Case("spsa"),
     Case("spsa", {"population": 8, "shaping": "sign"}),
+    Case("random-subspace", {"dimension": 6, "inner": "eggroll", "inner_settings": "population=8,shaping=raw"}),
+    Case("random-subspace", {"dimension": 6, "inner": "forward", "inner_settings": "tangents=4,space=weights"}),
+    Case("random-subspace", {"dimension": 6, "inner": "backprop"}),
 ]

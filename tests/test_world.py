@@ -31,6 +31,8 @@ RUNS = {
     "activations": ("forward", {"tangents": 4}),
     "activations, replayed": ("forward", {"tangents": 4, "memory": "replay", "noise": "sign"}),
     "activations, with heads": ("forward", {"tangents": 4, "guess": "local"}),
+    "population": ("eggroll", {"population": 10, "shaping": "nes", "adapt": "nes"}),
+    "fewer directions than ranks": ("spsa", {"sigma": 0.01}),
 }
 DROPPED = ("backprop", "backprop, accumulated", "weights", "activations, replayed")
 NAMES = (*RUNS, *(f"dropout, {name}" for name in DROPPED), "learner")

@@ -91,8 +91,12 @@ class Bench:
         return self
 
     def exact(self, key: Key = KEY) -> Tree:
-        """Backprop's gradient at the same place."""
-        return exact_gradient(self.problem, self.params, self.batch, key)[1]
+        """Backprop's gradient at the same place, with respect to what the engine trains: coordinates of its own where it has some."""
+        inside = getattr(self.engine, "inside", None)
+        if inside is None:
+            return exact_gradient(self.problem, self.params, self.batch, key)[1]
+        seen = inside(self.problem, self.params, self.state)
+        return exact_gradient(seen, seen.params(), self.batch, key)[1]
 
     def flat(self, grads: Tree, like: Tree) -> Tensor:
         """The gradients of the names in `like`, zeros for those left out, as one vector [d] in float64."""

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from altgrad import metrics
-from altgrad.alignment import exact_gradient
 from altgrad.conformance.claim import KEY, Subject, claim, hold, same_bits, same_tree
 from altgrad.engine import Bias, Engine, Needs
 from altgrad.errors import NumericsError
@@ -180,7 +179,7 @@ def two_ranks_average_to_the_whole_batch(subject: Subject) -> None:
     parts = [bench.estimate(batch=bench.problem.batch(0, World(rank, 2)), world=World(rank, 2)) for rank in range(2)]
     loss = sum(float(part.loss) for part in parts) / 2
     hold(abs(loss - float(whole.loss)) <= LOSS_ROUNDING * max(1.0, abs(loss)), f"two ranks' mean loss is {loss}, the whole batch's {float(whole.loss)}.")
-    exact = exact_gradient(bench.problem, bench.params, bench.batch, KEY)[1]
+    exact = bench.exact()
     together = {name: (parts[0].grads[name] + parts[1].grads[name]) / 2 for name in whole.grads}
     apart = (bench.flat(together, exact) - bench.flat(dict(whole.grads), exact)).norm() / bench.flat(dict(whole.grads), exact).norm()
     hold(float(apart) <= 1e-3, f"the mean over two ranks is {float(apart):.2g} away from the whole batch's estimate; address noise by batch.first + n.")

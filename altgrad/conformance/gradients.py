@@ -90,7 +90,8 @@ def not_reversed_on(build: Callable[[torch.dtype], Problem]) -> Callable[[Subjec
 
 def unscaled(engine: Engine) -> bool:
     """Whether a smoothed engine's estimate is in units of the gradient: weights made from losses by rank or deviation are not."""
-    return engine.bias is Bias.SMOOTHED and engine.settings().get("shaping", "raw") == "raw"
+    searching = getattr(engine, "rule", engine)  # the engine inside a wrapper
+    return engine.bias is Bias.SMOOTHED and searching.settings().get("shaping", "raw") == "raw"
 
 
 @claim(applies=unscaled)

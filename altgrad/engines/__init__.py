@@ -7,4 +7,5 @@ TABLE = {
     "eggroll": "altgrad.engines.evolution:Eggroll",
     "spsa": "altgrad.engines.evolution:SPSA",
     "random-subspace": "altgrad.engines.subspace:RandomSubspace",
+    "ask-tell": "altgrad.engines.ask_tell:AskTell",
 }

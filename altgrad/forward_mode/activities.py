@@ -5,6 +5,9 @@ j_kn = Σ_l ⟨∂L_n/∂y_ln, ε_kln⟩. Since E[j ε] = ∂L/∂y, the layer's
 
     δ_ln = (1/K) Σ_k j_kn ε_kln,      ∂W_l = (1/N) Σ_n δ_ln x_lnᵀ,      ∂b_l = (1/N) Σ_n δ_ln.
 
+Where a layer's output y meets relu and nothing else, ∂L/∂y is 0 wherever relu'(y) is, and so is δ made: what is known needs no estimate.
+Noise at units that are dead for one example would reach the others through the weights; leaving it out costs one comparison.
+
 Memory: `store` keeps every layer's input and noise until j is known; `replay` keeps nothing, runs the plain forward once more,
 draws the same noise from its address and adds each layer's gradient as it passes.
 
@@ -16,11 +19,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from altgrad.errors import CapabilityError
 from altgrad.forward_mode.custom import following_custom_functions
-from altgrad.forward_mode.dual import Dual, Trace
+from altgrad.forward_mode.dual import CONSTANT, Dual, Trace
 from altgrad.forward_mode.guide import Guide
 from altgrad.forward_mode.lazy import Copied, Lazy
 from altgrad.kernels import noise
@@ -31,6 +36,8 @@ from altgrad.samplers import AddressedSamplers
 
 Local = Callable[[Tensor], list[Tensor | None]]
 LONG = 1 << 14  # numbers: noise of a site, one tangent's, from which a pass over all of it costs more than a call for each tangent
+RELU = {F.relu, torch.relu, torch.Tensor.relu}
+READS = {getattr(torch.Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout")}  # tell nothing of a tensor's values
 
 
 class SiteParameter:
@@ -89,7 +96,10 @@ class ActivityTrace(Trace):
             max(1, scale),
         )
         self.calls: Counter[str] = Counter()
-        self.records: list[tuple[list[str | None], Local, Tensor, Tensor | None, int]] = []
+        self.records: list[tuple[list[str | None], Local, Tensor, Tensor | None, int, str]] = []
+        self.latest = ""  # the site that was perturbed last
+        self.gated: dict[str, bool] = {}  # site -> whether all that its output met was relu; sites that met nothing yet are absent
+        self.alive: dict[str, Tensor] = {}  # site -> where relu let its output through
         self.weights: dict[str, Dense] = {}  # parameters that fell back to weight tangents
         self.moved: Tensor | None = None  # [K (+ guides), N] or [K (+ guides), 1]: the measured derivatives
         self.grads: dict[str, Tensor] = {} if grads is None else grads
@@ -120,6 +130,23 @@ class ActivityTrace(Trace):
         start = self.first * (size.numel() // self.examples) if size[0] == self.examples else 0
         return noise.draw(self.law, self.key, tensor_id(site), self.draws, size, start=start, dtype=dtype, device=device)
 
+    def perturbed(self, output: Dual) -> None:
+        output.site = self.latest
+
+    def met(self, func: Any, args: Any, kwargs: Any) -> None:
+        if getattr(func, "__name__", "") in CONSTANT or func in READS:
+            return
+        for leaf in tree_leaves((args, kwargs)):
+            if not isinstance(leaf, Dual) or leaf.site is None:
+                continue
+            self.gated[leaf.site] = through = func in RELU and self.gated.get(leaf.site, True)
+            if not through:
+                self.alive.pop(leaf.site, None)
+            elif self.store:
+                self.alive[leaf.site] = leaf.primal > 0
+            if through and (kwargs.get("inplace") or args[1:] == (True,)):
+                leaf.site = None  # from here on it is what relu put out
+
     def site(
         self, weight: Any, bias: Any, output: Tensor, tangent: Tensor | None, local: Local, *, channel: int, drawn: Tensor | None = None, included: bool = False
     ) -> Tensor | Lazy | None:
@@ -127,6 +154,7 @@ class ActivityTrace(Trace):
         call, self.calls[name] = self.calls[name], self.calls[name] + 1
         if drawn is None:
             drawn = self.draw(f"{name}@{call}", output.shape, output.dtype, output.device)
+        self.latest = f"{name}@{call}"
         unit, slot = None, -1
         if self.guide is not None and self.guide.knows(name, output, channel):
             if call:
@@ -135,10 +163,12 @@ class ActivityTrace(Trace):
             drawn -= (drawn * unit).sum(tuple(range(2, drawn.ndim)), keepdim=True) * unit
             unit = unit if self.guides else None
         if self.plain:
-            self.collect([first, second], local, drawn, unit, slot)
+            if self.gated.get(self.latest):
+                self.alive = {self.latest: output > 0}
+            self.collect([first, second], local, drawn, unit, slot, self.latest)
             return None
         if self.store:
-            self.records.append(([first, second], local, drawn, unit, slot))
+            self.records.append(([first, second], local, drawn, unit, slot, self.latest))
         if not self.guides:
             if included:
                 return tangent
@@ -167,7 +197,7 @@ class ActivityTrace(Trace):
         )
         return unit * signs.reshape(-1, *(1 for _ in unit.shape[1:]))
 
-    def collect(self, owners: list[str | None], local: Local, drawn: Tensor, unit: Tensor | None, slot: int) -> None:
+    def collect(self, owners: list[str | None], local: Local, drawn: Tensor, unit: Tensor | None, slot: int, site: str) -> None:
         """δ from the noise and the measured derivatives, and from δ the gradients of the layer's parameters."""
         assert self.moved is not None
         count, moved = len(self.draws), self.moved
@@ -183,6 +213,9 @@ class ActivityTrace(Trace):
         delta = weighted_sum(drawn, coefficients)
         if unit is not None:
             delta += unit * share[slot].to(drawn.dtype).reshape(spread[1:] if by_example else ())
+        alive = self.alive.get(site)
+        if alive is not None:
+            delta.mul_(alive)  # its own memory, made above
         for owner, grad in zip(owners, local(delta), strict=False):
             if owner is not None and grad is not None:
                 grad = grad.to(self.dtypes[owner])  # under autocast a layer's output is narrower than its parameters

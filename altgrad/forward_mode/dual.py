@@ -71,6 +71,12 @@ class Trace:
         """Where a parametric layer's output may be perturbed; plain traces leave the tangent alone."""
         return tangent
 
+    def perturbed(self, output: "Dual") -> None:
+        """Told of the Dual that a site's output became."""
+
+    def met(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Told of every function that meets a Dual, before it runs."""
+
 
 class Dual(torch.Tensor):
     """A tensor that carries tangents [K, *shape] through every torch function that meets it."""
@@ -79,6 +85,7 @@ class Dual(torch.Tensor):
     taken_on: Trace  # (`trace` is a tensor's own method)
     source: Any
     lazy: Lazy | None
+    site: str | None = None  # the site whose output it is, where that is known
     _tangent: Tensor | None
 
     @staticmethod
@@ -140,6 +147,7 @@ def find_trace(args: Any, kwargs: Any) -> Trace:
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` on arguments some of which are Duals."""
     trace = find_trace(args, kwargs)
+    trace.met(func, args, kwargs)
     if trace.waiting and func not in KEEPING:
         trace.make()
     if not torch.is_grad_enabled():  # inside the model's own no_grad, autograd would not follow either

@@ -50,7 +50,12 @@ def finish(
     if is_site(weight) or is_site(bias):
         tangent = tangent.whole() if isinstance(tangent, Lazy) else tangent
         tangent = trace.site(weight, bias, value, tangent, local, channel=channel, drawn=drawn, included=included)
-    return value if tangent is None else Dual(value, tangent, trace)
+    if tangent is None:
+        return value
+    output = Dual(value, tangent, trace)
+    if is_site(weight) or is_site(bias):
+        trace.perturbed(output)
+    return output
 
 
 @rule(F.linear, layer=True, keeping=True)

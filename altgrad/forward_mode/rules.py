@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.forward_mode.dual import DECOMPOSED, KEEPING, LAYERS, RULES, Dual, Trace, primal_of, tangent_of
 from altgrad.forward_mode.ladder import lift
-from altgrad.forward_mode.lazy import Masked
+from altgrad.forward_mode.lazy import BLOCK, Masked
 
 Rule = Callable[..., Any]
 
@@ -134,7 +134,9 @@ def relu(trace: Trace, x: Dual, inplace: bool = False) -> Dual:
     if inplace:
         trace.make()  # others may wait for the tangent that is written to
         return overwrite(x, value, Masked(x.tangent, value).whole())
-    return Dual(value, Masked(x.tangent if x.lazy is None else x.lazy, value), trace)
+    moved = Masked(x.tangent if x.lazy is None else x.lazy, value)
+    # Tangents of one block stay in the cache anyway; to let them wait would only keep the ones before relu alive beside them.
+    return Dual(value, moved if moved.shape.numel() * moved.dtype.itemsize > BLOCK else moved.whole(), trace)
 
 
 @rule(torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__)

@@ -23,7 +23,7 @@ from altgrad.population.attention import attend
 from altgrad.population.custom import running_custom_functions
 from altgrad.population.draws import Chunk, Draws
 from altgrad.population.layers import TAKEN_APART
-from altgrad.population.parameters import Perturbed
+from altgrad.population.parameters import Perturbed, plain
 from altgrad.samplers import AddressedSamplers, replaying
 
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError, AltgradError)
@@ -131,8 +131,9 @@ def members_of(draws: Draws, part: Chunk, call: Function, notes: Notes, *, extra
         for name, (left, right) in thin.items():
             values[name] = Perturbed(means[name], left, right, parameter=name, written_out=notes.written_out)
         values = {name: values[name] for name in means}
-        outputs, known["rebuilt"] = taken_apart(call(values) if extra is None else call(values, rebuilt(own)))
-        return outputs
+        outputs = call(values) if extra is None else call(values, rebuilt(own))
+        tensors, known["rebuilt"] = taken_apart(tree_map(plain, outputs))
+        return tensors
 
     with running_custom_functions():
         outputs = torch.func.vmap(member)(part.thin, part.full, given)
