@@ -159,7 +159,7 @@ def described(name: str) -> dict[str, Any]:
     if name in registry.table("engine") or ":" in name:
         found = registry.find("engine", name)
         if hasattr(found, "estimate"):
-            return {"kind": "engine", **engine_facts(name), **full(found), "train": train_defaults()}
+            return {"kind": "engine", **engine_facts(name), **full(found), "train": {**train_defaults(), **found.defaults}}
         if not hasattr(found, "build"):
             raise UsageError(f"{name!r} is neither an engine (it has no estimate) nor a problem's factory (it has no build).")
     if name in registry.table("problem") or ":" in name:

@@ -131,8 +131,8 @@ class LowRank:
         a, b = self.factors()
         wide = torch.promote_types(self.dtype, torch.float32)
         if self.rank == 1:  # the same product, with nothing copied but the short factor
-            return ((a[:, :, 0] * coefficients.to(a.dtype)[:, None]).T.to(wide) @ b[:, :, 0].to(wide)).reshape(self.shape).to(self.dtype)
-        left = (a * coefficients.to(a.dtype)[:, None, None]).permute(1, 0, 2).flatten(1).to(wide)  # [m, K·r]
+            return ((a[:, :, 0] * coefficients.to(wide)[:, None]).T.to(wide) @ b[:, :, 0].to(wide)).reshape(self.shape).to(self.dtype)
+        left = (a * coefficients.to(wide)[:, None, None]).permute(1, 0, 2).flatten(1).to(wide)  # [m, K·r]
         right = b.permute(1, 0, 2).flatten(1).to(wide)  # [n, K·r]
         return (left @ right.T).reshape(self.shape).to(self.dtype)
 

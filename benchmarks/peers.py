@@ -252,6 +252,20 @@ ENTRIES: dict[str, Entry] = {
     "altgrad eggroll, eager": Entry(None, (), ours("eggroll", compiled=False), ADAM, "the same with eager noise"),
     "altgrad es": Entry(None, (), ours("es", compiled=True), ADAM, "Learner, dense noise, z-score, Adam; compiled noise"),
     "altgrad es, eager": Entry(None, (), ours("es", compiled=False), ADAM, "the same with eager noise"),
+    "eggroll-trainer": Entry(
+        "eggroll-trainer",
+        ("eggroll_trainer",),
+        eggroll_trainer,
+        ((0.01, 0.1), (0.15, 0.02), (0.5, 0.02)),
+        "EGGROLLTrainer, rank 1, antithetic, its own SGD; the first setting is its default; it evaluates members one by one",
+    ),
+    "torchzero SPSA": Entry(
+        "torchzero",
+        ("torchzero",),
+        torchzero,
+        ((0.003, 0.001), (0.01, 0.001), (0.03, 0.001)),
+        "SPSA of 128 central samples at its default h, Adam; it evaluates members one by one",
+    ),
     "EvoTorch PGPE": Entry(
         "evotorch",
         ("evotorch",),
@@ -266,22 +280,8 @@ ENTRIES: dict[str, Entry] = {
         ((0.3, 0.02), (1.0, 0.02), (3.0, 0.02)),
         "vectorised Problem, vmap over ModuleExpectingFlatParameters; NES ranks, no optimizer (its defaults; rate 1 is one); it has no antithetic pairs",
     ),
-    "eggroll-trainer": Entry(
-        "eggroll-trainer",
-        ("eggroll_trainer",),
-        eggroll_trainer,
-        ((0.01, 0.1), (0.15, 0.02), (0.5, 0.02)),
-        "EGGROLLTrainer, rank 1, antithetic, its own SGD; the first setting is its default; it evaluates members one by one",
-    ),
     "evosax Open_ES": Entry(
         "evosax", ("evosax", "jax", "optax"), evosax, ADAM, "JAX on CPU, the whole step jitted, plain JAX MLP by vmap; antithetic, centred ranks, Adam"
-    ),
-    "torchzero SPSA": Entry(
-        "torchzero",
-        ("torchzero",),
-        torchzero,
-        ((0.003, 0.001), (0.01, 0.001), (0.03, 0.001)),
-        "SPSA of 128 central samples at its default h, Adam; it evaluates members one by one",
     ),
 }
 BASES = ("altgrad eggroll", "altgrad eggroll, eager")
@@ -300,7 +300,6 @@ def installed() -> tuple[dict[str, Entry], dict[str, str]]:
             peers[entry.package or name] = f"{reason}: {error}"
             print(f"{name} skipped, {reason}: {error}", flush=True)
             continue
-        if entry.package:
-            peers[entry.package] = version(entry.package)
+        peers.update({needed.replace("_", "-"): version(needed.replace("_", "-")) for needed in entry.modules})
         present[name] = entry
     return present, peers

@@ -161,15 +161,18 @@ class Keeper:
 
     def __init__(self, path: str | None, peers: dict[str, str], part: str):
         self.path, self.peers, self.part = path, peers, part
-        self.before = json.loads(pathlib.Path(path).read_text(encoding="utf8")) if path and pathlib.Path(path).is_file() else {}
+
+    def before(self) -> dict[str, Any]:
+        """The record as it is now: the other part may be running too."""
+        return json.loads(pathlib.Path(self.path).read_text(encoding="utf8")) if self.path and pathlib.Path(self.path).is_file() else {}
 
     def rows(self, setup: dict[str, Any]) -> dict[str, Any]:
         """What an earlier run with the same setup found, to be added to with --only."""
-        own = self.before.get(self.part, {})
+        own = self.before().get(self.part, {})
         return own.get("contenders", {}) if own.get("setup") == setup else {}
 
     def save(self, figures: dict[str, Any]) -> None:
-        others = {name: self.before[name] for name in ("speed", "accuracy") if name != self.part and name in self.before}
+        others = {name: value for name, value in self.before().items() if name in ("speed", "accuracy") and name != self.part}
         asked = "altgrad ahead of every peer in members per second, and >= 20 x EvoTorch's PGPE and SNES (784-256-10, B=64, 256 members)"
         about = {
             "command": " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
@@ -192,8 +195,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("speed", "accuracy", "both"), default="both")
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tune-steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--tune-steps", type=int, default=50)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--data", choices=("auto", "mnist", "digits"), default="auto", help="auto: mnist where the cache has it, else digits")

@@ -267,12 +267,11 @@ def test_members_and_parameters_stay_within_the_bounds(how):
         seen.append(x.detach())
         return loss
 
-    search = Search(Bowl(dtype=torch.float32, value=value), lower=-0.1, upper=0.3, bounds=how, population=8)
-    search.problem.facts["population rung"] = "facts"
+    search = Search(Bowl(dtype=torch.float32, value=value), lower=-0.1, upper=0.3, bounds=how, sigma=0.1)
     search.problem.facts["population rung"] = "member"  # outside vmap, so that the points can be looked at
-    search.step(12)
-    assert len(seen) == 12 * 9 + 1  # and the one that is measured
-    assert all(-0.1001 <= float(x.min()) and float(x.max()) <= 0.3001 for x in seen)
+    search.step(20)
+    assert len(seen) == 20 * 9 + 1  # and the one that is measured
+    assert all(float(x.min()) >= -0.1001 and float(x.max()) <= 0.3001 for x in seen)
     assert search.vector().max() <= 0.3001
     assert search.vector().mean() > 0.15  # the optimum is beyond the upper face
 
@@ -286,14 +285,12 @@ def test_a_start_outside_the_bounds_is_refused():
 
 
 def test_a_member_without_a_value_has_the_worst_rank():
-    broken = Search(Bowl(value=lambda loss, x: torch.where(loss > 8.5, torch.nan, loss)))
-    worst = Search(Bowl(value=lambda loss, x: torch.where(loss > 8.5, loss + 1e6, loss)))
+    broken = Search(Bowl(value=lambda loss, x: torch.where(loss > 9, torch.nan, loss)))
+    worst = Search(Bowl(value=lambda loss, x: torch.where(loss > 9, loss + 1e6, loss)))
     found = broken.step()
     worst.step()
-    assert float(found.metrics["members_not_finite"]) >= 1
-    before = np.zeros(8)
-    assert not np.array_equal(broken.mean(), before)
-    # What is worst is so in the order of its index: utilities of the worse half are equal, so the order there does not matter.
+    assert 1 <= float(found.metrics["members_not_finite"]) <= 4  # the worse half have one utility, whatever their order
+    assert broken.mean().any()
     assert np.allclose(broken.mean(), worst.mean(), atol=tolerance("rounding64"))
 
 

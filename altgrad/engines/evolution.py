@@ -21,6 +21,7 @@ from altgrad import shaping as shapings
 from altgrad import sigma as sigmas
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import SettingError, near_miss, require
+from altgrad.kernels import scratch
 from altgrad.perturb import KURTOSIS
 from altgrad.population import Draws, Notes, truncated
 from altgrad.population.fitness import Evaluation, check_memory, shared_among, told
@@ -146,6 +147,7 @@ class Evolution(Engine):
         return {name: logs[place].exp().to(value.dtype) for place, (name, value) in enumerate(params.items())}
 
     def estimate(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key, world: World) -> Estimate:
+        scratch.turn()  # buffers of steps before the last one
         if self.truncation != "none":
             return truncated.estimate(self, problem, params, state, batch, key, world)
         index = shapings.group_index(self.population, self.groups, pairs=self.antithetic) if self.groups > 1 else None
@@ -285,7 +287,7 @@ class Eggroll(Evolution):
 class SPSA(Evolution):
     """Simultaneous perturbation with m draws: population = 2 m (central) or m with antithetic=False (one-sided).
 
-    sign-m: shaping="sign". FZOO: antithetic=False, noise="sign", shaping="fzoo".
+    sign-m: shaping="sign". FZOO: antithetic=False, noise="sign", shaping="z-score" (losses over their deviation).
 
     Source: Spall 1992; Malladi et al. 2023 (MeZO), arXiv 2305.17333, definition 1.
     """

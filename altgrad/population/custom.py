@@ -5,7 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch.autograd import Function
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction
+
+from altgrad.population.parameters import plain
 
 
 class Unused:
@@ -30,6 +33,7 @@ def running_custom_functions() -> Iterator[None]:
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:
             return args[0](*args[2:])
+        args, kwargs = tree_map(plain, (args, kwargs))  # a Function sees values, not parameters that answer functions themselves
         if cls.vmap is not Function.vmap or cls.generate_vmap_rule:
             return original.__get__(None, cls)(*args, **kwargs)
         with_context = cls.setup_context is Function.setup_context

@@ -4,11 +4,12 @@ With antithetic pairs D directions serve 2 D members, signs s = +1 for the first
 A matrix gets E = A Bᵀ/√r (rank r) or a dense E, everything else a dense one; E has unit variance elementwise.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from altgrad.engine import Tree
 from altgrad.kernels import scratch
@@ -17,13 +18,44 @@ from altgrad.rng import Key
 from altgrad.sigma import low_rank_squares
 
 
+RECENT = 6  # parameters whose perturbations stay at hand: a recurrent layer reads its four or five at every step
+KEPT = 1 << 24  # numbers: noise of a step with one chunk that is kept for its update; above it is drawn again
+
+
+class Supply(Mapping[str, Any]):
+    """What a chunk's parameters are made of, made when asked for; the last few stay, so that memory does not grow with depth."""
+
+    def __init__(self, names: Sequence[str], make: Callable[[str], Any]):
+        self.names, self.make = list(names), make
+        self.recent: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Any:
+        found = self.recent.pop(name, None)
+        if found is None:
+            if name not in self.names:
+                raise KeyError(name)
+            if len(self.recent) >= RECENT:
+                del self.recent[next(iter(self.recent))]
+            # Plain arithmetic on plain tensors: neither the pass's modes nor its vmap are to see it.
+            with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack():
+                found = self.make(name)
+        self.recent[name] = found  # the newest is last
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 class Chunk(NamedTuple):
     """Some directions and what their members' parameters are made of."""
 
     first: int  # number of the first direction
     directions: int
-    thin: dict[str, tuple[Tensor, Tensor]]  # name -> L [P, m, r] (σ and sign in it) and R [P, n, r]
-    full: Tree  # name -> θ + σ s E, [P, *shape]
+    thin: Mapping[str, tuple[Tensor, Tensor]]  # name -> L [P, m, r] (σ and sign in it) and R [P, n, r]
+    full: Mapping[str, Tensor]  # name -> θ + σ s E, [P, *shape]
 
 
 class Draws:
@@ -56,6 +88,9 @@ class Draws:
     ):
         self.key, self.params, self.count, self.sigma, self.rank, self.law = key, params, count, sigma, rank, law
         self.antithetic, self.size, self.silent = antithetic, min(chunk or count, count), silent
+        self.thin = {name for name, value in params.items() if isinstance(directions(key, name, value, range(1), law=law, rank=rank), LowRank)}
+        numbers = sum(value.shape[0] + value.shape[1:].numel() if name in self.thin else value.numel() if value.ndim < 2 else 0 for name, value in params.items())
+        self.keeps = self.size == count and count * numbers * (rank or 1) <= KEPT
         self.kept: dict[str, Dense | LowRank] = {}  # of the only chunk
 
     @property
@@ -67,7 +102,7 @@ class Draws:
         if name in self.kept:
             return self.kept[name]
         found = directions(self.key, name, self.params[name], range(first, first + count), law=self.law, rank=self.rank)
-        if count == self.count:
+        if self.keeps and count == self.count:
             self.kept[name] = found
             if isinstance(found, Dense) and len(found.shape) < 2:
                 found.kept = found.dense()  # a vector's noise is as small as a factor's
@@ -103,15 +138,16 @@ class Draws:
 
     def chunk(self, first: int, count: int) -> Chunk:
         """What the members of these directions are made of."""
-        thin, full = {}, {}
-        for name, value in self.params.items():
-            moves = self.moves(name, first, count)
-            if isinstance(moves, LowRank):
-                a, b = moves.factors()
-                thin[name] = self.signed(a, name, first), self.twice(b) if self.antithetic else b
-            else:
-                full[name] = self.signed(moves.dense(), name, first).add_(value)
-        return Chunk(first, count, thin, full)
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            a, b = self.moves(name, first, count).factors()  # type: ignore[union-attr]
+            return self.signed(a, name, first), self.twice(b) if self.antithetic else b
+
+        def written_out(name: str) -> Tensor:
+            return self.signed(self.moves(name, first, count).dense(), name, first).add_(self.params[name])
+
+        names = [name for name in self.params if name in self.thin]
+        return Chunk(first, count, Supply(names, factors), Supply([name for name in self.params if name not in self.thin], written_out))
 
     def squares(self, name: str) -> Tensor:
         """The mean squared entry of each direction's E, [D] in float64."""

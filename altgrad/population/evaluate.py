@@ -9,11 +9,13 @@ The model is not touched and no weight is ever changed. Rungs, from the best to 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import _add_batch_dim, maybe_current_level
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -23,7 +25,7 @@ from altgrad.population.attention import attend
 from altgrad.population.custom import running_custom_functions
 from altgrad.population.draws import Chunk, Draws
 from altgrad.population.layers import TAKEN_APART
-from altgrad.population.parameters import Perturbed, plain
+from altgrad.population.parameters import Perturbed, Shifted, plain
 from altgrad.samplers import AddressedSamplers, replaying
 
 REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError, IndexError, KeyError, AltgradError)
@@ -126,24 +128,35 @@ def members_of(draws: Draws, part: Chunk, call: Function, notes: Notes, *, extra
     given, rebuilt = taken_apart(extra)
     known: dict[str, Any] = {}  # how the outputs are put together again
 
-    def member(thin: dict[str, tuple[Tensor, Tensor]], full: Tree, own: list[Tensor]) -> list[Tensor]:
-        values: Tree = dict(full)
-        for name, (left, right) in thin.items():
-            values[name] = Perturbed(means[name], left, right, parameter=name, written_out=notes.written_out)
-        values = {name: values[name] for name in means}
+    def member(place: Tensor, own: list[Tensor]) -> list[Tensor]:
+        level = maybe_current_level()
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            left, right = part.thin[name]
+            return _add_batch_dim(left, 0, level), _add_batch_dim(right, 0, level)
+
+        def value(name: str) -> Tensor:
+            return _add_batch_dim(part.full[name], 0, level)
+
+        values: Tree = {
+            name: Perturbed(mean, partial(factors, name), parameter=name, written_out=notes.written_out)
+            if name in part.thin
+            else Shifted(mean, partial(value, name), parameter=name)
+            for name, mean in means.items()
+        }
         outputs = call(values) if extra is None else call(values, rebuilt(own))
         tensors, known["rebuilt"] = taken_apart(tree_map(plain, outputs))
         return tensors
 
     with running_custom_functions():
-        outputs = torch.func.vmap(member)(part.thin, part.full, given)
+        outputs = torch.func.vmap(member)(torch.arange(count_of(draws, part)), given)
     return known["rebuilt"](outputs)
 
 
 def each_member(draws: Draws, part: Chunk, call: Function, *, extra: Any = None) -> list[Any]:
     """`call` with plain tensors, member by member: any model and objective runs so. Every member meets the same samplers."""
     results = []
-    for index in range(len(next(iter(tree_leaves((part.thin, part.full)))))):
+    for index in range(count_of(draws, part)):
         values: Tree = {}
         for name, mean in draws.params.items():
             if name in part.full:
@@ -154,6 +167,11 @@ def each_member(draws: Draws, part: Chunk, call: Function, *, extra: Any = None)
         with replaying():
             results.append(call(values) if extra is None else call(values, row(extra, index)))
     return results
+
+
+def count_of(draws: Draws, part: Chunk) -> int:
+    """The members of a chunk."""
+    return part.directions * (2 if draws.antithetic else 1)
 
 
 def row(tree: Any, index: int) -> Any:

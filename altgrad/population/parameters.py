@@ -44,24 +44,34 @@ class Perturbed(torch.Tensor):
     """`centre` + (left · rightᵀ) in the shape of `centre`; a tensor of more than two axes is taken as the matrix [shape[0], rest]."""
 
     centre: Tensor  # [m, *rest]
-    left: Tensor  # [m, r]
-    right: Tensor  # [n, r], n = the product of rest
+    supply: Callable[[], tuple[Tensor, Tensor]]  # left [m, r] and right [n, r], n = the product of rest
     written_out: Counter[str]  # "parameter: function" -> calls that had no rule
     parameter: str
 
     @staticmethod
-    def __new__(cls, centre: Tensor, left: Tensor, right: Tensor, *, parameter: str, written_out: Counter[str]) -> "Perturbed":
+    def __new__(cls, centre: Tensor, supply: Callable[[], tuple[Tensor, Tensor]], *, parameter: str, written_out: Counter[str]) -> "Perturbed":
         self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
-        self.centre, self.left, self.right, self.parameter, self.written_out = centre, left, right, parameter, written_out
+        self.centre, self.supply, self.parameter, self.written_out = centre, supply, parameter, written_out
         return self
+
+    @property
+    def left(self) -> Tensor:
+        """L [m, r], made when asked for."""
+        return self.supply()[0]
+
+    @property
+    def right(self) -> Tensor:
+        """R [n, r], made when asked for."""
+        return self.supply()[1]
 
     def like(self, centre: Tensor, left: Tensor, right: Tensor) -> "Perturbed":
         """The same parameter seen through a view."""
-        return Perturbed(centre, left, right, parameter=self.parameter, written_out=self.written_out)
+        return Perturbed(centre, lambda: (left, right), parameter=self.parameter, written_out=self.written_out)
 
     def dense(self) -> Tensor:
         """W + L Rᵀ, written out."""
-        return self.centre + torch.matmul(self.left, self.right.mT).reshape(self.centre.shape)
+        left, right = self.supply()
+        return self.centre + torch.matmul(left, right.mT).reshape(self.centre.shape)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,17 +84,11 @@ class Perturbed(torch.Tensor):
         name = getattr(func, "__name__", "")
         if name == "__get__" and label(func) in {"T", "mT"}:
             return transpose(args[0])
-        if name in SHAPES or (name == "__get__" and label(func) in ATTRIBUTES):
+        if tells_form(func):
             return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
         if name == "detach":
             return args[0]
-        target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
-        for leaf in tree_leaves(target):
-            if isinstance(leaf, Perturbed):
-                raise ChangedInPlace(
-                    f"{name} would change the parameter {leaf.parameter!r} in place during the forward pass, which a population of models cannot share; "
-                    "change it between steps, or out of place."
-                )
+        refuse_writes(func, args, kwargs)
         return func(*tree_map(written_out_for(func), args), **tree_map(written_out_for(func), kwargs))
 
     @classmethod
@@ -95,14 +99,68 @@ class Perturbed(torch.Tensor):
         return f"Perturbed({self.parameter}, shape={tuple(self.centre.shape)}, rank={self.left.shape[-1]})"
 
 
+class Shifted(torch.Tensor):
+    """A parameter with dense noise: a vector, or a matrix that has no rank; its value is made when a function asks for it."""
+
+    centre: Tensor
+    supply: Callable[[], Tensor]  # the value, in the shape of `centre`
+    parameter: str
+
+    @staticmethod
+    def __new__(cls, centre: Tensor, supply: Callable[[], Tensor], *, parameter: str) -> "Shifted":
+        self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
+        self.centre, self.supply, self.parameter = centre, supply, parameter
+        return self
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if tells_form(func):
+            return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
+        if getattr(func, "__name__", "") == "detach":
+            return args[0]
+        refuse_writes(func, args, kwargs)
+        return func(*tree_map(value_of, args), **tree_map(value_of, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise CapabilityError(f"a perturbed parameter reached {func} without passing a torch function; its perturbation would be lost.")
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Shifted({self.parameter}, shape={tuple(self.centre.shape)})"
+
+
+def tells_form(func: Any) -> bool:
+    """Whether a function tells of a tensor's shape, dtype and the like, and nothing of its values."""
+    name = getattr(func, "__name__", "")
+    return name in SHAPES or (name == "__get__" and label(func) in ATTRIBUTES)
+
+
+def refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Raise ChangedInPlace where `func` would write to a parameter."""
+    name = getattr(func, "__name__", "")
+    target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
+    for leaf in tree_leaves(target):
+        if isinstance(leaf, (Perturbed, Shifted)):
+            raise ChangedInPlace(
+                f"{name} would change the parameter {leaf.parameter!r} in place during the forward pass, which a population of models cannot share; "
+                "change it between steps, or out of place."
+            )
+
+
 def centre_of(value: Any) -> Any:
     """The unperturbed tensor."""
-    return value.centre if isinstance(value, Perturbed) else value
+    return value.centre if isinstance(value, (Perturbed, Shifted)) else value
+
+
+def value_of(value: Any) -> Any:
+    """The value of a parameter with dense noise; anything else as it is."""
+    return value.supply() if isinstance(value, Shifted) else value
 
 
 def plain(value: Any) -> Any:
     """A perturbed tensor in the place of an input: written out, and noted."""
-    return written_out_for("as an input")(value)
+    return written_out_for("as an input")(value_of(value))
 
 
 def written_out_for(func: Any) -> Callable[[Any], Any]:
