@@ -34,7 +34,7 @@ HELD_OUT = CompareSettings()  # a sixth of the training data: 240 examples
 def search(strategy: str, population: int, sigma: float) -> dict:
     return {
         "engine": "ask-tell",
-        "engine_settings": {"strategy": strategy, "population": population, "sigma": sigma, "chunk": 32},
+        "engine_settings": {"strategy": strategy, "population": population, "sigma": sigma},
         "optimizer": "SGD",
         "lr": 1.0,
     }
@@ -46,14 +46,15 @@ def smoothed(population: int, sigma: float, lr: float) -> dict:
 
 
 ROWS = {
-    "ask-tell, sep-cma-es": search("sep-cma-es", 32, 0.1),
-    "ask-tell, snes": search("snes", 32, 0.1),
-    "eggroll": smoothed(256, 0.05, 1e-2),
-    "backprop": {"engine": "backprop", "optimizer": "Adam", "lr": 1e-3, "schedule": "cosine", "epochs": 30, "batch": 64},
+    "ask-tell, sep-cma-es": search("sep-cma-es", 64, 0.05),
+    "ask-tell, snes": search("snes", 64, 0.05),
+    "eggroll": smoothed(256, 0.05, 3e-2),
+    "backprop": {"engine": "backprop", "optimizer": "Adam", "lr": 1e-2, "schedule": "cosine", "epochs": 30, "batch": 64},
 }
 GRID = {
     **{f"{name} {population} {sigma}": search(name, population, sigma) for name in ("snes", "sep-cma-es") for population in (24, 64) for sigma in (0.05, 0.15)},
     **{f"eggroll 256 {sigma} {lr}": smoothed(256, sigma, lr) for sigma in (0.05, 0.1) for lr in (1e-2, 3e-2)},
+    **{f"eggroll {population} 0.05 {lr}": smoothed(population, 0.05, lr) for population, lr in ((256, 1e-1), (64, 3e-2))},
     **{f"backprop {lr}": {**ROWS["backprop"], "lr": lr} for lr in (1e-3, 3e-3, 1e-2)},
 }
 

@@ -67,4 +67,8 @@ CASES = [
     Case("random-subspace", {"dimension": 6, "inner": "eggroll", "inner_settings": "population=8,shaping=raw"}),
     Case("random-subspace", {"dimension": 6, "inner": "forward", "inner_settings": "tangents=4,space=weights"}),
     Case("random-subspace", {"dimension": 6, "inner": "backprop"}),
+    Case("ask-tell", {"population": 8}),
+    Case("ask-tell", {"strategy": "cma-es", "population": 8, "chunk": 3}),
+    Case("ask-tell", {"strategy": "snes", "population": 8, "dimension": 5}),
+    Case("ask-tell", {"strategy": "openes", "population": 8, "lower": -5.0, "upper": 5.0}),
 ]

@@ -11,7 +11,8 @@ import torch
 from altgrad import perturb
 from altgrad.conformance.probes import GRADIENT_PROBES
 from altgrad.engine import Engine, Estimate
-from altgrad.engines import backprop, evolution, forward
+from altgrad.engines import ask_tell, backprop, evolution, forward
+from altgrad.engines.ask_tell import AskTell
 from altgrad.engines.backprop import Backprop
 from altgrad.engines.evolution import Eggroll
 from altgrad.engines.forward import Forward
@@ -19,6 +20,7 @@ from altgrad.forward_mode.activities import ActivityTrace
 from altgrad.perturb import Dense, LowRank, Steered
 from altgrad.population import Draws
 from altgrad.population import evaluate as members
+from altgrad.population.points import Points
 from altgrad.problem import Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
@@ -259,9 +261,9 @@ def first_directions(self, name, first, count):
 
 def own_losses(own, draws, world):
     """The others' taken for zero."""
-    share = world.share(draws.count)
-    whole = own.new_zeros(2, draws.count)
-    whole[:, share.start : share.stop] = own.reshape(2, -1)
+    share, halves = world.share(draws.count), 2 if draws.antithetic else 1
+    whole = own.new_zeros(halves, draws.count)
+    whole[:, share.start : share.stop] = own.reshape(halves, -1)
     return whole.flatten()
 
 
@@ -282,6 +284,15 @@ def unequal_parts(batch, parts, count):
         yield part, 1.0
 
 
+def first_points(self, first, count):
+    return POINTS(self, 0, count)
+
+
+def seeded_once(rule, tensors, key):
+    return STATE_OF(rule, tensors, key.at(0))
+
+
+POINTS, STATE_OF = Points.chunk, ask_tell.state_of
 SIGNED, MOVES = Draws.signed, Draws.moves
 DRAW, FACTORS, COMBINE, GRADIENTS, CUT = ActivityTrace.draw, LowRank.factors, Dense.combine, ActivityTrace.gradients, backprop.cut
 
@@ -371,5 +382,15 @@ MUTANTS = [
     Mutant("NaN in the mean loss", Eggroll(population=4), ("members_that_are_not_finite_are_survived",), patched(evolution, "told", mean_of_all)),
     Mutant("the loss summed, smoothed", altered(Eggroll, summed_loss, population=8), ("loss_is_the_problems_own",)),
     Mutant("the estimate halved under autocast", altered(Eggroll, scaled_under_autocast, population=8), ("autocast_changes_rounding_only",)),
+    Mutant("a move turned round", altered(AskTell, scaled(-1), population=8), ("whole_moves_lower_a_quadratic_loss",)),
+    Mutant("a hundredth of a move", altered(AskTell, scaled(0.01), population=8), ("whole_moves_lower_a_quadratic_loss",)),
+    Mutant(
+        "ranks know their own members only",
+        AskTell(population=8),
+        ("ranks_that_divide_the_population_find_the_same_bits",),
+        patched(ask_tell, "shared_among", own_losses),
+    ),
+    Mutant("the first members in every chunk", AskTell(population=8, chunk=3), ("chunks_change_nothing_but_rounding",), patched(Points, "chunk", first_points)),
+    Mutant("a strategy's numbers at one address", AskTell(population=8), ("noise_changes_with_the_step",), patched(ask_tell, "state_of", seeded_once)),
     Mutant("parts added without their share", Backprop(accumulation=3), on("is_exact_on", "network"), patched(backprop, "cut", unequal_parts)),
 ]

@@ -9,6 +9,7 @@ from tolerances import tolerance
 from torch import nn
 
 from altgrad import Key, Learner, es, registry, trainer
+from altgrad.cli_listings import described
 from altgrad.compare import Choice, CompareSettings
 from altgrad.conformance import probes
 from altgrad.engines.ask_tell import STATE, AskTell
@@ -197,6 +198,11 @@ def test_training_takes_adam_for_engines_that_state_nothing():
     training = trainer.build(small(engine="forward", engine_settings={"space": "weights"}))
     assert isinstance(training.optimizer, torch.optim.Adam)
     assert training.settings.lr == 1e-2  # the problem's own
+
+
+def test_describe_shows_what_training_takes():
+    assert (described("ask-tell")["train"]["optimizer"], described("ask-tell")["train"]["lr"]) == ("SGD", 1.0)
+    assert described("es")["train"]["optimizer"] == "Adam"
 
 
 def test_compare_neither_tunes_nor_schedules_an_engine_made_for_one_optimizer():

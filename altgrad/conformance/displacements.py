@@ -9,7 +9,7 @@ from altgrad.conformance.claim import KEY, Subject, claim, hold
 from altgrad.engine import Bias
 
 STEPS = 80
-FALLEN = 0.5  # of the first loss: a hundredth of every move, or the move turned round, does not get there
+FALLEN = 0.1  # of the first loss; a hundredth of every move, or the move turned round, does not get there
 
 
 @claim(applies=lambda engine: engine.bias is Bias.DISPLACEMENT)

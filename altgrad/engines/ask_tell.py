@@ -42,7 +42,6 @@ from altgrad.world import World
 
 STATE = "es."  # before the names of the strategy's state
 DRAWN = ("seed", "told", "waiting", "waiting_fitness")  # of a state: from the step's key, or empty between generations
-ROUNDING = 8  # steps of rounding within which θ and m are the same point
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -203,8 +202,9 @@ class AskTell(Engine):
     def followed(self, problem: Problem, space: Space, state: State, key: Key) -> State:
         """`state` with the parameters as its mean, where they are not that already."""
         here, mean = space.vector(), self.box.inside(state.mean)
+        # A step of SGD rounds the move and the sum, by half an eps of each.
         scale = np.linalg.norm(here) + np.linalg.norm(mean) + 10 * state.sigma * np.sqrt(space.size)  # the last is more than a move is long
-        if np.linalg.norm(here - mean) <= ROUNDING * space.rounding * scale:
+        if np.linalg.norm(here - mean) <= space.rounding * scale:
             return state
         if self.box.how != "none":
             here = np.clip(here, *self.box.faces(space.size))
