@@ -138,9 +138,14 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f} %"
 
 
+def tested(found: Mapping[str, Any]) -> list[str]:
+    """Held-out figures as words: test accuracy 96.39 %, test loss 0.12, and whatever else the problem measures."""
+    names = sorted((name for name in found if name.startswith("test_")), key=lambda name: {"test_accuracy": 0, "test_loss": 1}.get(name, 2))
+    return [f"{name.replace('_', ' ')} {percent(found[name]) if name == 'test_accuracy' else format(found[name], '.4g')}" for name in names]
+
+
 def figures(result: Mapping[str, Any]) -> str:
     """What a run came to, in a line."""
-    parts = [] if result["test_accuracy"] is None else [f"test accuracy {percent(result['test_accuracy'])}"]
-    parts += [] if result["test_loss"] is None else [f"test loss {result['test_loss']:.4g}"]
+    parts = tested({name: result[name] for name in ("test_accuracy", "test_loss") if result[name] is not None} | result.get("figures", {}))
     parts += [f"{result[name]} {name}" for name in ("steps", "forwards", "backwards")]
     return ", ".join([*parts, f"{result['seconds']:.1f} s in steps", f"peak memory {result['peak_memory_bytes'] / 1e6:.0f} MB"])

@@ -6,7 +6,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from altgrad.cli_frame import note, percent
+from altgrad.cli_frame import note, tested
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -69,9 +69,7 @@ class Display:
 
     def on_evaluate(self, training: Any, row: dict[str, Any]) -> None:
         """Held-out figures: beside the bar, or on a line."""
-        accuracy, loss = row.get("test_accuracy"), row.get("test_loss")
-        parts = [] if accuracy is None else [f"test accuracy {percent(accuracy)}"]
-        parts += [] if loss is None else [f"test loss {loss:.4g}"]
+        parts = tested(row)
         self.tested = f", {parts[0]}" if parts else ""
         if self.bar is None:
             self.show(name_of(training), row["step"], training.total_steps, figures=", ".join(parts))

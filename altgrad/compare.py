@@ -269,7 +269,7 @@ def run(
 def point(training: Training, figures: Mapping[str, Any]) -> dict[str, Any]:
     """A point of a curve."""
     counts = {"step": training.step, "forwards": training.count("forwards"), "backwards": training.count("backwards"), "seconds": training.seconds}
-    return {**counts, **{name: value for name, value in figures.items() if name in {"test_accuracy", "test_loss"}}}
+    return {**counts, **{name: value for name, value in figures.items() if name.startswith("test_")}}
 
 
 def rank(outcome: Outcome) -> tuple[bool, float, float]:

@@ -27,6 +27,7 @@ class Result:
 
     test_accuracy: float | None
     test_loss: float | None
+    figures: dict[str, float]  # all that the problem measured on held-out data
     steps: int
     forwards: int
     backwards: int
@@ -182,6 +183,7 @@ def fit(
     result = Result(
         test_accuracy=training.figures.get("test_accuracy"),
         test_loss=training.figures.get("test_loss"),
+        figures=dict(training.figures),
         steps=training.step,
         forwards=training.count("forwards"),
         backwards=training.count("backwards"),

@@ -29,7 +29,7 @@ RULES = {
     "activations K=16": {"engine": "forward", "tangents": 16},
     "local guess alone": {"engine": "forward", "guess": "local", "tangents": 0},
 }
-RATES = {"backprop": 0.016, "activations K=16": 0.012, "local guess alone": 0.008}
+RATES = {"backprop": 0.016, "activations K=16": 0.012, "local guess alone": 0.016}
 TRIED = (0.004, 0.008, 0.012, 0.016)
 BATCH, MOMENTUM, SCHEDULE = 64, 0.9, Schedule("cosine", warmup=0.1)
 

@@ -1,6 +1,8 @@
 """ask-tell: a strategy of altgrad.es moves the parameters; SGD with lr=1 lands on its mean, and the strategy's state is the engine's."""
 
+import json
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -394,3 +396,25 @@ def test_a_resumed_search_of_a_subspace_has_the_same_bits(tmp_path):
     trainer.fit(resumed)
     assert all(torch.equal(resumed.params[name], value) for name, value in straight.params.items())
     assert all(torch.equal(resumed.state[name], value) for name, value in straight.state.items())
+
+
+# -- figure 4 --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_search_learns_digits():
+    made = TrainSettings(
+        problem="digits",
+        problem_settings={"batch_size": 512},
+        model_settings={"hidden": "32"},
+        engine="ask-tell",
+        engine_settings={"strategy": "snes", "population": 32},
+        steps=20,
+    )
+    assert trainer.fit(trainer.build(made)).test_accuracy > 0.5  # chance is 0.1
+
+
+def test_the_record_puts_the_strategies_beside_eggroll_and_backprop():
+    record = Path(__file__).parent.parent / "benchmarks" / "records" / "ask_tell_digits.json"
+    rows = {row["row"]: row for row in json.loads(record.read_text(encoding="utf8"))["summary"]}
+    assert {"eggroll", "backprop"} < set(rows)
+    assert max(rows[f"ask-tell, {name}"]["accuracy"] for name in ("snes", "sep-cma-es")) >= 0.85

@@ -60,7 +60,7 @@ class AskTell(Engine):
         SettingError: an unknown strategy or setting, one out of range, a pattern that no parameter matches, more dimensions than the strategy takes
         (the message offers others, and `dimension`), a start outside the bounds, or a chunk that the memory does not hold.
 
-    Source: the strategy's own; `altgrad describe` names it, docs/ask-tell.md lists all.
+    Source: the strategy's own, as its class in altgrad/es states it.
     """
 
     strategy: str = option("sep-cma-es", "which: " + ", ".join(sorted(table.STRATEGIES)))
