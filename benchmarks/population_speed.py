@@ -188,7 +188,8 @@ def main() -> None:
     record(
         options.out,
         {
-            "asked": "forward: noise before >= 0.85 at both, on the way >= 0.60 (1 row) and 0.70 (4 rows) of inference; shared batch >= 1.8; dense >= 100 x slower; "
+            "asked": "forward: noise before >= 0.85 at both, on the way >= 0.60 (1 row) and 0.70 (4 rows) of inference; shared batch >= 1.8; "
+            "dense >= 100 x slower; "
             "update <= 0.7 x its forward at 1 row, <= 0.1 x at 16; 2^16 members of 6 layers < 2 GiB, independent of depth",
             "forward_over_inference": forward,
             "update_over_forward": updates,

@@ -20,7 +20,9 @@ TABLE = {
     "cosine": Tolerance(0.05, "the mean over 100 fixed keys, whose standard error is 1 %; √(K/(K+d+1)) itself is a first-order formula, off by O(1/d)"),
     "standard_errors": Tolerance(4.0, "one honest test in 16,000 would fail; keys are fixed, so a pass stays a pass"),
     "moment_errors": Tolerance(3.0, "figure 5's own: standard errors between a measured second moment and its closed form, at fixed keys"),
-    "population_cosine": Tolerance(0.02, "figure 5's own; the mean over 131,072 directions has a standard error below 1 %, and the law is first order, off by O(1/N)"),
+    "population_cosine": Tolerance(
+        0.02, "figure 5's own; the mean over 131,072 directions has a standard error below 1 %, and the law is first order, off by O(1/N)"
+    ),
 }
 
 

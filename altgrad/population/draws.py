@@ -17,7 +17,6 @@ from altgrad.perturb import Dense, LowRank, directions
 from altgrad.rng import Key
 from altgrad.sigma import low_rank_squares
 
-
 RECENT = 6  # parameters whose perturbations stay at hand: a recurrent layer reads its four or five at every step
 KEPT = 1 << 24  # numbers: noise of a step with one chunk that is kept for its update; above it is drawn again
 
@@ -89,7 +88,9 @@ class Draws:
         self.key, self.params, self.count, self.sigma, self.rank, self.law = key, params, count, sigma, rank, law
         self.antithetic, self.size, self.silent = antithetic, min(chunk or count, count), silent
         self.thin = {name for name, value in params.items() if isinstance(directions(key, name, value, range(1), law=law, rank=rank), LowRank)}
-        numbers = sum(value.shape[0] + value.shape[1:].numel() if name in self.thin else value.numel() if value.ndim < 2 else 0 for name, value in params.items())
+        numbers = sum(
+            value.shape[0] + value.shape[1:].numel() if name in self.thin else value.numel() if value.ndim < 2 else 0 for name, value in params.items()
+        )
         self.keeps = self.size == count and count * numbers * (rank or 1) <= KEPT
         self.kept: dict[str, Dense | LowRank] = {}  # of the only chunk
 

@@ -130,6 +130,7 @@ def members_of(draws: Draws, part: Chunk, call: Function, notes: Notes, *, extra
 
     def member(place: Tensor, own: list[Tensor]) -> list[Tensor]:
         level = maybe_current_level()
+        assert level is not None
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
             left, right = part.thin[name]
