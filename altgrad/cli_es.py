@@ -50,7 +50,7 @@ def complete_function(context: click.Context, parameter: click.Parameter, incomp
 @click.option("--evaluations", type=click.IntRange(min=1), default=100_000, show_default=True, metavar="N", help="No more calls of the function than this.")
 @click.option("--target", type=float, help=f"End when the function is this or better. [default: {TARGET:g} for test functions, else none]")
 @click.option("--bounds", metavar="LOW,HIGH", help="Of every coordinate, for instance -5,5 or 0,inf. [default: none]")
-@click.option("--bounds-kind", default="reflect", show_default=True, help="none, clip, reflect, transform or penalty.")
+@click.option("--bounds-kind", help="none, clip, reflect, transform or penalty. [default: reflect]")
 @click.option("--restarts", default="none", show_default=True, help="none, ipop or bipop: start anew where a run has nothing left to find.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Names all randomness.")
 @click.option("--maximize", is_flag=True, help="Search for the largest value.")
@@ -71,7 +71,7 @@ def es(
     evaluations: int,
     target: float | None,
     bounds: str | None,
-    bounds_kind: str,
+    bounds_kind: str | None,
     restarts: str,
     seed: int,
     maximize: bool,
@@ -92,14 +92,16 @@ def es(
     if listing:
         show_listing(as_json=as_json)
         return
-    from altgrad import registry
+    from altgrad import registry, report_es
     from altgrad.es import Bounds, minimize
     from altgrad.es.loop import STOPPED
     from altgrad.signals import StopSignals, exit_code, name
 
     f, of_ours = function_of(function_name)
     point = start_of(x0, dimension, function_name if of_ours else None)
-    limits = None if bounds is None else Bounds(*limits_of(bounds), bounds_kind)
+    if bounds is None and bounds_kind is not None:
+        raise UsageError(f"--bounds-kind {bounds_kind} has no bounds to keep; add --bounds LOW,HIGH.")
+    limits = None if bounds is None else Bounds(*limits_of(bounds), bounds_kind or "reflect")
     goal = TARGET if target is None and of_ours and not maximize else target
     rows: list[dict[str, Any]] = begun(out, resume=resume, overwrite=overwrite)
     with StopSignals() as stop:
@@ -109,6 +111,8 @@ def es(
                 while rows and rows[-1]["generation"] >= row["generation"]:  # logged after the last checkpoint, then stopped
                     rows.pop()
                 rows.append(row)
+                if out is not None:
+                    report_es.append(out / LOG, row)
                 value = "no finite value yet" if row["best"] is None else f"best {row['best']:.4g}"
                 display.show(f"{function_name}, {strategy}: evaluation", row["evaluations"], evaluations, figures=f"{value}, σ {row['sigma']:.2g}")
                 return stop.received is not None
@@ -128,6 +132,7 @@ def es(
                 maximize=maximize,
                 vectorized=vectorized or of_ours,
                 checkpoint=None if out is None else out / STATE,
+                label=function_name,
                 on_generation=on_generation,
             )
         stopped = stop.received if result.reason == STOPPED else None  # a signal that came later found the search done
@@ -171,7 +176,12 @@ def start_of(text: str | None, dimension: int | None, name: str | None) -> Any:
     values = [0.0 if name is None else functions.start(name)] if text is None else numbers(text, "--x0")
     if len(values) > 1 and dimension not in (None, len(values)):
         raise UsageError(f"--x0 has {len(values)} numbers and --dimension is {dimension}; give as many, or one number for every coordinate.")
-    return np.array(values) if len(values) > 1 else np.full(dimension or 10, values[0])
+    if not all(math.isfinite(value) for value in values):
+        raise UsageError(f"--x0 {text!r} is not finite; give numbers a search can start from.")
+    count = len(values) if len(values) > 1 else dimension or 10
+    if name is not None and count < functions.fewest(name):
+        raise UsageError(f"--dimension {count} is not allowed; {name} needs {functions.fewest(name)} coordinates or more.")
+    return np.array(values) if len(values) > 1 else np.full(count, values[0])
 
 
 def limits_of(text: str) -> tuple[float, float]:
@@ -201,10 +211,13 @@ def begun(out: Path | None, *, resume: bool, overwrite: bool) -> list[dict[str, 
         return []
     if resume:
         if not (out / STATE).is_file():
-            raise UsageError(f"{out} holds no {STATE} to go on from. Leave --resume out, or give the folder of an earlier search.")
-        from altgrad.report_es import from_csv
+            raise UsageError(f"{out} holds no {STATE} to go on from. Put --overwrite in place of --resume, or give the folder of an earlier search.")
+        from altgrad import report_es
+        from altgrad.tables import place
 
-        return from_csv((out / LOG).read_bytes()) if (out / LOG).is_file() else []
+        rows = report_es.from_csv((out / LOG).read_bytes()) if (out / LOG).is_file() else []
+        place(out / LOG, report_es.to_csv(rows))  # whole again, should a line have been cut short
+        return rows
     if out.is_dir() and any(out.iterdir()):
         if not overwrite:
             raise UsageError(f"{out} exists and is not empty. Give another --out, add --resume to go on with it, or --overwrite.")

@@ -4,10 +4,12 @@ import csv
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from altgrad import durable
 from altgrad.report import COLOURS, INK, canvas
 
 COLUMNS = (
@@ -70,8 +72,21 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
+def append(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a file of `to_csv`, which is begun if need be: the log of a search that is killed ends at its last generation."""
+    with durable.explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            text = to_csv([row])
+            file.write(text if file.tell() == 0 else text.split(b"\n", 1)[1])
+
+
 def from_csv(data: bytes) -> list[dict[str, Any]]:
-    """Rows of `to_csv`."""
+    """Rows of `to_csv`; of a generation that was logged twice, before a stop and after it, the later row. A line cut short by a stop is left out."""
     whole = {"generation", "evaluations", "run", "population", "failures"}
-    rows = csv.DictReader(io.StringIO(data.decode()))
-    return [{name: (int(text) if name in whole else float(text)) if text else None for name, text in row.items()} for row in rows]
+    text = data[: data.rfind(b"\n") + 1].decode()
+    found: dict[int, dict[str, Any]] = {}
+    for row in csv.DictReader(io.StringIO(text)):
+        read = {name: (int(value) if name in whole else float(value)) if value else None for name, value in row.items()}
+        found[read["generation"]] = read
+    return [found[generation] for generation in sorted(found)]

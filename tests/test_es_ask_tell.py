@@ -170,7 +170,7 @@ def test_a_whole_population_after_a_part_is_refused():
         strategy.tell(state, np.zeros((8, 5)), np.zeros(8))
 
 
-@pytest.mark.parametrize("sigma", [0, -1, np.nan, np.inf, "a", True])
+@pytest.mark.parametrize("sigma", [0, -1, 1e-200, np.nan, np.inf, "a", True])
 def test_sigma_must_be_above_zero(sigma):
     with pytest.raises(SettingError, match=r"sigma=.* must be a number above 0"):
         SNES(sigma=sigma)

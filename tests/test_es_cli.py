@@ -83,6 +83,30 @@ def test_a_resumed_search_comes_to_the_same_bits_and_the_same_log(tmp_path):
     assert (tmp_path / "a" / "log.csv").read_bytes() == (tmp_path / "b" / "log.csv").read_bytes()
 
 
+def test_a_search_whose_f_breaks_off_leaves_the_log_of_every_generation(tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text("seen = []\ndef f(x):\n    seen.append(1)\n    return 'a' if len(seen) > 45 else float(x @ x)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert invoke(*QUIET, "--function", "odd:f", "--x0", "1,1,1", "--out", tmp_path / "a").exit_code == 2
+    rows = report_es.from_csv((tmp_path / "a" / "log.csv").read_bytes())
+    assert [row["evaluations"] for row in rows] == [7, 14, 21, 28, 35, 42]
+
+
+def test_a_log_cut_short_is_gone_on_with(tmp_path):
+    common = ("--function", "sphere", "--dimension", "2")
+    result(*common, "--evaluations", "96", "--out", tmp_path / "a")
+    log = tmp_path / "a" / "log.csv"
+    log.write_bytes(log.read_bytes()[:-7])
+    result(*common, "--out", tmp_path / "a", "--resume", "--evaluations", "120")
+    assert [row["generation"] for row in report_es.from_csv(log.read_bytes())] == [*range(1, 16), *range(17, 21)]
+
+
+def test_a_search_on_another_function_is_not_gone_on_with(tmp_path):
+    result("--function", "sphere", "--evaluations", "100", "--out", tmp_path / "a")
+    shown = invoke(*QUIET, "--function", "ellipsoid", "--out", tmp_path / "a", "--resume")
+    assert shown.exit_code == 4
+    assert "function 'sphere' instead of 'ellipsoid'" in shown.stderr
+
+
 def test_an_interrupted_search_leaves_its_folder_and_can_go_on(tmp_path):
     (tmp_path / "slow.py").write_text("import time\ndef f(x):\n    time.sleep(0.002)\n    return float(x @ x)\n")
     command = [sys.executable, "-m", "altgrad", "es", "-q", "--function", "slow:f", "--dimension", "3", "--target", "1e-300", "--out", "a"]
@@ -129,6 +153,9 @@ WRONG = [
     (("--bounds", "1"), "--bounds '1' is not allowed"),
     (("--bounds", "2,3"), "x0[0]=0 is not allowed"),
     (("--bounds", "0,1", "--bounds-kind", "reflex"), "Did you mean 'reflect'?"),
+    (("--bounds-kind", "clip"), "--bounds-kind clip has no bounds to keep"),
+    (("--x0", "inf,1"), "--x0 'inf,1' is not finite"),
+    (("--function", "rosenbrock", "--dimension", "1"), "--dimension 1 is not allowed; rosenbrock needs 2"),
     (("--evaluations", "5"), "less than one generation of 10"),
     (("--restarts", "x"), "restarts='x' is not allowed"),
     (("--function", "json:nothing"), "unknown attribute 'nothing'"),

@@ -168,6 +168,14 @@ def test_an_exception_is_reported_once_with_its_index():
     assert found.first_failure.endswith("of generation 0: RuntimeError: the simulator crashed")
 
 
+def test_an_exception_of_many_lines_is_told_on_one():
+    def f(x):
+        raise ValueError("no licence\nask the office")
+
+    with pytest.warns(FailedEvaluations):
+        assert search(f).first_failure == "member 0 of generation 0: ValueError: no licence ask the office"
+
+
 def test_three_generations_of_nothing_but_failures_stop_the_run():
     with pytest.warns(FailedEvaluations):
         found = search(lambda x: 1 / 0)
@@ -243,6 +251,7 @@ REFUSED = [
     ({"x0": [np.nan, 1.0]}, ShapeError, "x0 must be finite; entry 0 is nan"),
     ({"x0": [[1.0]]}, ShapeError, "x0 must be a vector"),
     ({"strategy": SNES(sigma=1.0)}, SettingError, "sigma was given beside a SNES"),
+    ({"strategy": SNES(sigma=1.0), "sigma": 0.0}, SettingError, "sigma was given beside a SNES"),
     ({"f": 5}, SettingError, "f=5"),
 ]
 

@@ -63,6 +63,14 @@ def test_scale_and_offset_of_the_fitness_do_not_matter_to_strategies_by_value(na
     np.testing.assert_allclose(plain.mean, mapped.mean, rtol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [2.0**-1000, 2.0**1000])
+@pytest.mark.parametrize("name", BY_VALUE)
+def test_values_whose_squares_are_no_numbers_are_searched_to_the_same_bits(name, scale):
+    strategy = build(name)
+    plain = advance(strategy, begin(strategy), functions.sphere, 20)
+    np.testing.assert_array_equal(plain.mean, advance(strategy, begin(strategy), lambda x: scale * functions.sphere(x), 20).mean)
+
+
 @pytest.mark.parametrize("name", BY_VALUE)
 def test_a_bent_fitness_matters_to_strategies_by_value(name):
     strategy = build(name)

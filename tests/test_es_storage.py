@@ -7,7 +7,7 @@ import pytest
 from es_runs import NAMES, advance, begin, build, same
 
 from altgrad.errors import CheckpointError, SettingError
-from altgrad.es import CMAES, SNES, functions, load, minimize, save
+from altgrad.es import CMAES, SNES, functions, load, loop, minimize, save, storage
 
 SUFFIXES = ["npz", "json"]
 
@@ -82,6 +82,23 @@ def test_a_changed_byte_is_noticed(suffix, tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(("place", "bit"), [(8, 1), (8, 32), (10, 1), (10, 8), (28, 1), (42, 1)], ids=str)
+def test_a_changed_bit_in_the_directory_of_a_zip_is_damage(place, bit, tmp_path):
+    path = save(tmp_path / "state.npz", build("snes"), begin(build("snes")))
+    data = bytearray(path.read_bytes())
+    data[data.find(b"PK\x01\x02") + place] ^= bit  # flags (encrypted, patched), method, length of the name, place in the file
+    path.write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(path)
+
+
+def test_a_type_that_does_not_parse_is_damage(tmp_path):
+    path = save(tmp_path / "state.json", build("snes"), begin(build("snes")))
+    path.write_text(path.read_text().replace('"<f8"', '"<f,8("'))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load(path)
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("content", [b"", b"{}", b"nonsense", b"[1]"])
 def test_a_foreign_file_is_named_as_such(suffix, content, tmp_path):
@@ -151,6 +168,21 @@ def test_a_search_killed_in_f_goes_on_from_its_last_checkpoint(tmp_path):
     assert same(resumed.state, whole.state)
 
 
+def test_slow_generations_are_all_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PATIENCE", 0.0)
+    path, calls = tmp_path / "search.npz", []
+
+    def killed(x):
+        calls.append(1)
+        if len(calls) == 36:
+            raise KeyboardInterrupt
+        return functions.sphere(x)
+
+    with pytest.raises(KeyboardInterrupt):
+        minimize(killed, np.ones(3), sigma=1.0, max_evaluations=600, checkpoint=path)
+    assert int(storage.read(path)[1]["evaluations"]) == 35
+
+
 def test_a_search_that_is_done_stays_done(tmp_path):
     path = tmp_path / "search.npz"
     done = searched("cma-es", 20_000, path, restarts="none")
@@ -159,7 +191,7 @@ def test_a_search_that_is_done_stays_done(tmp_path):
     assert (again.evaluations, again.reason) == (done.evaluations, done.reason)
 
 
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"restarts": "ipop"}, {"bounds": (-4.0, 5.0)}, {"population": 9}, {"maximize": True}])
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"restarts": "ipop"}, {"bounds": (-4.0, 5.0)}, {"population": 9}, {"maximize": True}, {"label": "f"}])
 def test_a_checkpoint_of_another_search_is_refused(changed, tmp_path):
     path = tmp_path / "search.npz"
     searched("cma-es", 300, path)

@@ -59,7 +59,8 @@ class Strategy(Generic[S]):
     stands_clipping: ClassVar[bool] = True  # False: points laid onto a face of the box flatten what it learns of directions
 
     def __post_init__(self) -> None:
-        require(is_number(self.sigma) and 0 < self.sigma < np.inf, "sigma", self.sigma, "a number above 0")
+        # Squares of it, a factor of 1e-12 smaller or 1e8 larger, must be numbers of float64.
+        require(is_number(self.sigma) and 1e-100 <= self.sigma <= 1e100, "sigma", self.sigma, "a number above 0, from 1e-100 to 1e100")
         if self.population is not None:
             require(is_whole(self.population) and self.population >= self.fewest, "population", self.population, f"a whole number ≥ {self.fewest}")
             require(not self.antithetic or self.population % 2 == 0, "population", self.population, f"even: {self.name} evaluates pairs mean ± ε")

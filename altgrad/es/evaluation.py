@@ -37,7 +37,7 @@ def evaluate(f: Callable[[np.ndarray], Any], points: np.ndarray, *, generation: 
             value = f(x.copy())  # f may write into its argument
         except Exception as error:
             failures += 1
-            first = first or f"member {member} of generation {generation}: {type(error).__name__}: {error}"
+            first = first or f"member {member} of generation {generation}: {in_words(error)}"
         else:
             fitness[member] = real(value, member)
     report(first, silent=silent)
@@ -49,7 +49,7 @@ def whole(f: Callable[[np.ndarray], Any], points: np.ndarray, *, generation: int
     try:
         value = f(points.copy())
     except Exception as error:
-        first = f"all members of generation {generation}: {type(error).__name__}: {error}"
+        first = f"all members of generation {generation}: {in_words(error)}"
         report(first, silent=silent)
         return np.full(len(points), np.nan), len(points), first
     found = numbers(value, "what f returned")
@@ -58,6 +58,12 @@ def whole(f: Callable[[np.ndarray], Any], points: np.ndarray, *, generation: int
             f"f returned an array of shape {found.shape} for a population of shape {points.shape}; a vectorized f must return shape {(len(points),)}."
         )
     return found, 0, ""
+
+
+def in_words(error: Exception) -> str:
+    """An exception on one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def report(first: str, *, silent: bool) -> None:

@@ -1,5 +1,6 @@
 """minimize: ask, evaluate, tell, until there is a reason to stop; with bounds, restarts and checkpoints."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from altgrad.es.stopping import Stopping
 from altgrad.es.table import build
 
 STOPPED = "on_generation asked to stop."
+PATIENCE = 10.0  # seconds of a search that may be lost, beside the generation in progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,7 @@ def minimize(
     stopping: Stopping | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 10,
+    label: str | None = None,
     on_generation: Callable[[dict[str, Any]], object] | None = None,
 ) -> Result:
     """Search for the x that makes f smallest, by calls of f alone.
@@ -77,7 +80,9 @@ def minimize(
         vectorized: f takes the population [λ, n] and returns [λ].
         surrogate: of x [n] -> gradients [k, n] or [n], for guided-es: any vectors that may point along f's gradient.
         stopping: when a run has nothing left to find.
-        checkpoint: .npz or .json; written every `checkpoint_every` generations and at the end, and gone on from, to the same bits, where it exists.
+        checkpoint: .npz or .json; written every `checkpoint_every` generations, sooner where these take more than 10 s, and at the end; gone on from,
+            to the same bits, where it exists.
+        label: what f is called; with it, a checkpoint of another f is refused.
         on_generation: called with a dict of figures after each generation; returning True ends the search.
 
     Raises:
@@ -105,13 +110,17 @@ def minimize(
         vectorized=vectorized,
         surrogate=surrogate,
         stopping=stopping or Stopping(),
+        label=label,
     )
     progress = search.begin(checkpoint)
     reason = search.ended(progress) or search.exhausted(progress)
+    saved = time.monotonic()
     while reason is None:
         progress, reason, row = search.step(progress)
-        if checkpoint is not None and (reason is not None or progress.generations % checkpoint_every == 0):
+        due = reason is not None or progress.generations % checkpoint_every == 0 or time.monotonic() - saved > PATIENCE
+        if checkpoint is not None and due:
             search.save(checkpoint, progress)
+            saved = time.monotonic()
         if on_generation is not None and on_generation(row) is True:
             reason = reason or STOPPED
     if checkpoint is not None:
@@ -146,7 +155,7 @@ def result_of(search: Search, progress: Progress, reason: str) -> Result:
 def chosen(strategy: str | Strategy[Any], sigma: float | None, population: int | None, settings: Mapping[str, Any] | None) -> Strategy[Any]:
     """The strategy the arguments name."""
     if isinstance(strategy, Strategy):
-        given = [name for name, value in (("sigma", sigma), ("population", population), ("settings", settings)) if value]
+        given = [name for name, value in (("sigma", sigma), ("population", population), ("settings", settings or None)) if value is not None]
         if given:
             raise SettingError(f"{given[0]} was given beside a {type(strategy).__name__}, which has its own; give it there, or name the strategy by a string.")
         return strategy

@@ -27,9 +27,13 @@ def centered_ranks(fitness: np.ndarray) -> np.ndarray:
 
 
 def finite_scores(fitness: np.ndarray) -> np.ndarray:
-    """`fitness` with the worst finite value in place of +inf, for rules that use values rather than ranks."""
+    """`fitness` with the worst finite value in place of +inf, for rules that use differences of values over their spread: all divided by the power
+    of two that brings the largest below 1, so that no square overflows and no bit is lost."""
     finite = np.isfinite(fitness)
-    return np.where(finite, fitness, fitness[finite].max()) if finite.any() else np.zeros_like(fitness)
+    if not finite.any():
+        return np.zeros_like(fitness)
+    scores = np.where(finite, fitness, fitness[finite].max())
+    return np.ldexp(scores, -int(np.frexp(np.abs(scores).max())[1]))
 
 
 @lru_cache

@@ -53,6 +53,7 @@ class Search:
     vectorized: bool
     surrogate: Callable[[np.ndarray], Any] | None
     stopping: Stopping
+    label: str | None = None
 
     def begin(self, checkpoint: str | Path | None) -> Progress:
         """The first progress, or that of `checkpoint` where the file exists."""
@@ -180,7 +181,13 @@ class Search:
         """What a checkpoint must agree on; evaluations and target may change from one call to the next."""
         lower, upper = self.bounds.faces(len(self.x0))
         box = hashlib.sha256(np.concatenate([lower, upper, self.x0]).tobytes()).hexdigest()
-        names = {"strategy": self.strategy.name, "settings": storage.settings_of(self.strategy), "dimension": len(self.x0), "x0 and bounds": box}
+        names = {
+            "function": self.label,
+            "strategy": self.strategy.name,
+            "settings": storage.settings_of(self.strategy),
+            "dimension": len(self.x0),
+            "x0 and bounds": box,
+        }
         return {**names, "kind of bounds": self.bounds.how, "seed": self.seed, "restarts": self.restarts, "maximize": self.maximize}
 
     def save(self, path: str | Path, progress: Progress) -> None:

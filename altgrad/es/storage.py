@@ -96,7 +96,8 @@ def read(path: str | Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, np
             meta = json.loads(path.read_bytes())
             arrays = {name: array_of(entry) for name, entry in meta.pop("arrays").items()}
         found, kept = meta["format"], meta.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+    # RuntimeError and SyntaxError: a zip that claims to be encrypted or packed, a dtype that does not parse.
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, RuntimeError, SyntaxError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is damaged, or no state of altgrad.es: {error}.") from error
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this version of altgrad reads format {FORMAT}.")
