@@ -182,5 +182,5 @@ VIEWS = {
     Needs.ENERGY: "Implement energy(params, s, x)",
     Needs.FIXED_POINT: "Implement step(params, s, x)",
     Needs.DISCRETE: "Set discrete = True and say which parameters take which values",
-    Needs.UNROLL: "Implement start(batch) and unroll(params, carry, batch, buffers), and set `horizon`",
+    Needs.UNROLL: "Implement start(batch) and unroll(params, carry, batch, buffers), and set `horizon`, or leave truncation='none'",
 }

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from altgrad import registry
-from altgrad.engine import Engine, Tree, fit_check
+from altgrad.engine import Engine, Split, Tree, fit_check
 from altgrad.errors import CapabilityError, NumericsError, ShapeError
 from altgrad.forward_mode import primal_of
 from altgrad.problem import Batch, Problem
@@ -45,12 +45,25 @@ class FunctionProblem(Problem):
         return 1
 
     def losses(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        return self.scalar(self.value(params))
+
+    def objective(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
+        """The function's value; a plain number will do for rules that need no more than that."""
+        value = self.value(params)
+        return torch.tensor(float(value), dtype=torch.float64) if isinstance(value, (int, float)) else self.scalar(value).reshape(())
+
+    def value(self, params: Tree) -> Any:
+        """What the function returns at `params`, without its aux."""
         args = list(self.arguments)
         args[self.argnums] = tree_unflatten([params[str(index)] for index in range(len(self.tensors))], self.spec)
         value = self.function(*args, **self.keywords)
         if self.has_aux:
             value, aux = value
             self.aux = tree_map(lambda leaf: primal_of(leaf).detach() if isinstance(leaf, Tensor) else leaf, aux)
+        return value
+
+    def scalar(self, value: Any) -> Tensor:
+        """`value` as [1]; ShapeError unless it is a tensor with one element."""
         if not isinstance(value, Tensor) or value.numel() != 1:
             seen = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ShapeError(f"the function returned {seen}; it must return a scalar tensor{' first' if self.has_aux else ''}.")
@@ -66,7 +79,7 @@ def value_and_grad(
         function: a scalar function of tensors or pytrees.
         argnums: which argument varies.
         engine: an engine that needs no more than VALUE, TANGENT or REVERSE.
-        has_aux: the function returns (value, aux); then so does the result: ((value, aux), grad).
+        has_aux: the function returns (value, aux); then so does the result: ((value, aux), grad), aux as it is at x itself.
         settings: the engine's settings.
 
     Returns:
@@ -82,6 +95,9 @@ def value_and_grad(
         own = rule.aux(problem, key)
         trained = {**params, **own}
         found = rule.estimate(problem, trained, rule.init(problem, trained, key), Batch((), ()), key, World())
+        if has_aux and rule.split is Split.POPULATION:  # so far it is a perturbed member's
+            with torch.no_grad():
+                problem.value(params)
         if not bool(torch.isfinite(found.loss)):
             raise NumericsError(f"the function's value is {float(found.loss)} in {rule.name}; its gradient cannot be estimated there.")
         if own and not any(name in found.grads for name in params):

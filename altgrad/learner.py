@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from altgrad import registry
 from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
-from altgrad.errors import CheckpointError, NumericsError, UsageError
+from altgrad.errors import CheckpointError, DataError, NumericsError, UsageError
 from altgrad.optimizers import wants_closure
 from altgrad.problem import Batch, first_tensor, not_finite
 from altgrad.problems.supervised import Supervised
@@ -57,6 +57,8 @@ class Learner:
         self.engine: Engine = registry.engine(engine, settings) if isinstance(engine, str) else engine
         self.problem = Supervised(model, loss, key=Key(seed))
         fit_check(self.engine, self.problem, alternatives=registry.needs)
+        if not self.problem.params():
+            raise UsageError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to train; unfreeze one.")
         self.key, self.world, self.draws, self.frozen = Key(seed), world or World(), 0, False
         self.aux: Tree = {name: value.requires_grad_() for name, value in self.engine.aux(self.problem, self.key).items()}
         self.state: Tree = self.engine.init(self.problem, self.tensors(), self.key)
@@ -102,6 +104,8 @@ class Learner:
             warnings.warn(f"the optimizer was not built from learner.parameters(), so {', '.join(sorted(self.aux))} will not be trained.", stacklevel=2)
         batch = Batch(x, y)
         examples = self.problem.batch_size_of(batch)
+        if not examples:
+            raise DataError("the batch has no examples; leave empty batches out (DataLoader's drop_last, a filter before it).")
         if not self.checked:
             self.problem.check_batch(batch)
             self.checked = True

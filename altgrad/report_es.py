@@ -87,6 +87,5 @@ def from_csv(data: bytes) -> list[dict[str, Any]]:
     text = data[: data.rfind(b"\n") + 1].decode()
     found: dict[int, dict[str, Any]] = {}
     for row in csv.DictReader(io.StringIO(text)):
-        read = {name: (int(value) if name in whole else float(value)) if value else None for name, value in row.items()}
-        found[read["generation"]] = read
+        found[int(row["generation"])] = {name: (int(value) if name in whole else float(value)) if value else None for name, value in row.items()}
     return [found[generation] for generation in sorted(found)]

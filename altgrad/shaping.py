@@ -161,8 +161,8 @@ def shape(name: str, fitness: Tensor, *, pairs: bool, clean: Tensor | float | No
 
 def check(name: str, members: int, *, pairs: bool, groups: int | None = None) -> None:
     """Raise SettingError unless shaping `name` can serve this population in `groups` groups: needs no fitness, for before step 0."""
-    if name not in SHAPINGS:
-        raise SettingError(near_miss("shaping", name, SHAPINGS))
+    if str(name) not in SHAPINGS:
+        raise SettingError(near_miss("shaping", str(name), SHAPINGS))
     if pairs:
         require(members % 2 == 0, "population", members, "even with antithetic pairs; use one member more, or antithetic=False")
     if name in NEEDS_PAIRS and not pairs:

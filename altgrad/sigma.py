@@ -50,12 +50,18 @@ class Schedule:
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
-            raise SettingError(near_miss("sigma schedule", self.name, SCHEDULES))
-        require(0 < self.sigma < math.inf, "sigma", self.sigma, "a positive number")
-        require(0 < self.decay <= 1, "decay", self.decay, "in (0, 1]")
-        require(0 < self.floor <= 1, "floor", self.floor, "a share of sigma in (0, 1]")
+            raise SettingError(near_miss("sigma schedule", str(self.name), SCHEDULES))
+        # Named as the engines' settings are: theirs is what a user has written.
+        require(isinstance(self.sigma, (int, float)) and 0 < self.sigma < math.inf, "sigma", self.sigma, "a positive number")
+        require(isinstance(self.decay, (int, float)) and 0 < self.decay <= 1, "sigma_decay", self.decay, "in (0, 1]")
+        require(isinstance(self.floor, (int, float)) and 0 < self.floor <= 1, "sigma_floor", self.floor, "a share of sigma in (0, 1]")
         if self.name in ("linear", "cosine"):
-            require(self.steps >= 1, "steps", self.steps, f"at least 1 with the {self.name} schedule: the step at which sigma reaches its floor")
+            require(
+                isinstance(self.steps, int) and self.steps >= 1,
+                "sigma_steps",
+                self.steps,
+                f"a whole number >= 1 with the {self.name} schedule: the step at which sigma reaches its floor",
+            )
 
     def at(self, step: int) -> float:
         """σ at `step`, counted from 0."""

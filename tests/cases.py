@@ -33,6 +33,10 @@ def activations(*, refuses: tuple[str, ...] = (), **settings: Any) -> Case:
     return Case("forward", {"space": "activations", "tangents": 4, **settings}, refuses=refuses)
 
 
+def likelihood(**settings: Any) -> Case:
+    return Case("likelihood-ratio", {"copies": 4, **settings})
+
+
 STAGELESS = ("is_exact_on_quadratic",)  # no stages to run again
 HEADLESS = ("quadratic", "tied_weights")  # no layers; one that runs twice
 PARTS = "the batch is normalised in parts, as whenever gradients are accumulated in PyTorch"
@@ -56,17 +60,30 @@ CASES = [
     activations(guess="local", tangents=0, refuses=tuple(f"is_not_reversed_on_{probe}" for probe in HEADLESS)),
     activations(guess="local", chunk=1, refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
     activations(guess="local", refuses=tuple(f"is_unbiased_on_{probe}" for probe in HEADLESS)),
+    likelihood(),
+    likelihood(memory="replay"),
+    likelihood(copies=8, antithetic=True, chunk=1),
+    likelihood(layerwise=True),
+    likelihood(baseline="loo", sigma=0.02),
+    likelihood(copies=8, baseline="loo", antithetic=True, sigma=0.02, memory="replay"),
+    likelihood(qmc=True),
+    likelihood(sigma_rate=0.1),
     Case("es", {"population": 8}),
     Case("es", {"population": 8, "shaping": "raw", "noise": "sign"}),
     Case("eggroll", {"population": 8}),
     Case("eggroll", {"population": 8, "shaping": "raw", "rank": 2, "chunk": 3}),
     Case("eggroll", {"population": 8, "shaping": "nes", "adapt": "nes", "noise": "uniform"}),
     Case("eggroll", {"population": 16, "shaping": "raw", "antithetic": False}),
+    Case("eggroll", {"population": 16, "shaping": "group-z-score", "groups": 2}),
+    Case("eggroll", {"population": 8, "shaping": "baseline-pair"}),
+    Case("eggroll", {"population": 8, "shaping": "centred-rank", "sigma_schedule": "cosine", "sigma_steps": 9, "noise_reuse": 2}),
     Case("spsa"),
+    Case("spsa", {"population": 8, "antithetic": False, "noise": "sign", "shaping": "z-score", "sigma": 0.05}),
     Case("spsa", {"population": 8, "shaping": "sign"}),
     Case("random-subspace", {"dimension": 6, "inner": "eggroll", "inner_settings": "population=8,shaping=raw"}),
     Case("random-subspace", {"dimension": 6, "inner": "forward", "inner_settings": "tangents=4,space=weights"}),
     Case("random-subspace", {"dimension": 6, "inner": "backprop"}),
+    Case("random-subspace", {"dimension": 6, "inner": "es", "inner_settings": "population=8,shaping=nes,adapt=nes-per-tensor"}),
     Case("ask-tell", {"population": 8}),
     Case("ask-tell", {"strategy": "cma-es", "population": 8, "chunk": 3}),
     Case("ask-tell", {"strategy": "snes", "population": 8, "dimension": 5}),

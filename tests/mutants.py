@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from altgrad import perturb
+from altgrad import perturb, shaping
 from altgrad.conformance.probes import GRADIENT_PROBES
 from altgrad.engine import Engine, Estimate
 from altgrad.engines import ask_tell, backprop, evolution, forward
@@ -16,7 +16,12 @@ from altgrad.engines.ask_tell import AskTell
 from altgrad.engines.backprop import Backprop
 from altgrad.engines.evolution import Eggroll
 from altgrad.engines.forward import Forward
+from altgrad.engines.likelihood_ratio import LikelihoodRatio
+from altgrad.engines.subspace import INNER, Projection, RandomSubspace
 from altgrad.forward_mode.activities import ActivityTrace
+from altgrad.noisy import baselines, draws
+from altgrad.noisy import trace as noisy_trace
+from altgrad.noisy.trace import NoisyTrace
 from altgrad.perturb import Dense, LowRank, Steered
 from altgrad.population import Draws
 from altgrad.population import evaluate as members
@@ -297,8 +302,42 @@ SIGNED, MOVES = Draws.signed, Draws.moves
 DRAW, FACTORS, COMBINE, GRADIENTS, CUT = ActivityTrace.draw, LowRank.factors, Dense.combine, ActivityTrace.gradients, backprop.cut
 
 
+def of_another_copy(losses, count, baseline):
+    return ((losses - baseline) / (count * losses.shape[1])).roll(1, 0)
+
+
+def inputs_of_another_example(inputs, delta, *, batched):
+    inputs, delta = FOLDED(inputs, delta, batched=batched)
+    return inputs.roll(1, 0), delta
+
+
+FOLDED = noisy_trace.folded
+
+
+def other_noise_in_the_replay(self, record, site, value):
+    if self.coefficients is not None:
+        site = f"{site} again"
+    return NOISED(self, record, site, value)
+
+
+NOISED = NoisyTrace.noised
+
+
 def on(kind: str, *probes: str) -> tuple[str, ...]:
     return tuple(f"{kind}_{probe}" for probe in probes)
+
+
+def stateless_inside(found: Estimate, *_: Any) -> Estimate:
+    return found._replace(state={name: value for name, value in found.state.items() if not name.startswith(INNER)})
+
+
+def another_subspace(self: RandomSubspace, problem: Problem, state: Any, origin: Any) -> Projection:
+    looks = problem.facts["looks"] = problem.facts.get("looks", 0) + 1
+    return Projection(looks, origin, self.dimension)
+
+
+def first_group(members: int, groups: int, *, pairs: bool) -> torch.Tensor:
+    return torch.zeros(members, dtype=torch.int64)
 
 
 MUTANTS = [
@@ -359,6 +398,27 @@ MUTANTS = [
     Mutant("later chunks not kept clear of the guides", Forward(guess="local", tangents=4, chunk=1), on("is_unbiased_on", "network"), unguided_later),
     Mutant("one noise for both uses of a tied weight", Forward(), on("is_unbiased_on", "tied_weights"), patched(ActivityTrace, "draw", one_site)),
     Mutant("weight tangents forgotten outside layers", Forward(), on("is_unbiased_on", "quadratic"), patched(ActivityTrace, "gradients", forgotten_weights)),
+    Mutant("wrong sign, likelihood ratio", altered(LikelihoodRatio, scaled(-1)), on("is_not_reversed_on", *EVERYWHERE)),
+    Mutant("sigma not divided out of a likelihood ratio", altered(LikelihoodRatio, scaled(0.1)), ("is_unbiased_for_the_smoothed_loss",)),
+    Mutant(
+        "a copy's noise with another copy's loss",
+        LikelihoodRatio(),
+        ("is_unbiased_for_the_smoothed_loss",),
+        patched(baselines, "coefficients", of_another_copy),
+    ),
+    Mutant("one noise for all layers' outputs", LikelihoodRatio(), ("is_unbiased_for_the_smoothed_loss",), patched(draws, "tensor_id", lambda name: 0)),
+    Mutant(
+        "an example's noise with another's input",
+        LikelihoodRatio(),
+        ("is_unbiased_for_the_smoothed_loss",),
+        patched(noisy_trace, "folded", inputs_of_another_example),
+    ),
+    Mutant(
+        "another noise in the replay of a likelihood ratio",
+        LikelihoodRatio(memory="replay"),
+        ("is_unbiased_for_the_smoothed_loss",),
+        patched(NoisyTrace, "noised", other_noise_in_the_replay),
+    ),
     Mutant("minus halves at plus", Eggroll(**POPULATION), on("is_not_reversed_on", *EVERYWHERE), patched(Draws, "signed", both_plus)),
     Mutant("wrong sign, smoothed", altered(Eggroll, scaled(-1), population=16), on("is_not_reversed_on", *EVERYWHERE)),
     Mutant("sigma not divided out", altered(Eggroll, scaled(0.01), **POPULATION), ("is_unbiased_for_the_smoothed_loss",)),
@@ -382,6 +442,29 @@ MUTANTS = [
     Mutant("NaN in the mean loss", Eggroll(population=4), ("members_that_are_not_finite_are_survived",), patched(evolution, "told", mean_of_all)),
     Mutant("the loss summed, smoothed", altered(Eggroll, summed_loss, population=8), ("loss_is_the_problems_own",)),
     Mutant("the estimate halved under autocast", altered(Eggroll, scaled_under_autocast, population=8), ("autocast_changes_rounding_only",)),
+    Mutant(
+        "a subspace forgets its engine's state",
+        altered(RandomSubspace, stateless_inside, dimension=6, inner="eggroll", inner_settings="population=8,shaping=nes,adapt=nes"),
+        ("state_holds_tensors_only_under_stable_names",),
+    ),
+    Mutant(
+        "another subspace at every look",
+        RandomSubspace(dimension=6, inner="eggroll", inner_settings="population=8,shaping=raw"),
+        ("same_key_gives_the_same_bits", "is_unbiased_for_the_smoothed_loss"),
+        patched(RandomSubspace, "projection", another_subspace),
+    ),
+    Mutant(
+        "every group sees the first part of the batch",
+        Eggroll(population=16, shaping="group-z-score", groups=2),
+        ("loss_is_the_problems_own",),
+        patched(shaping, "group_index", first_group),
+    ),
+    Mutant(
+        "uniform noise of another variance",
+        Eggroll(**POPULATION, noise="uniform"),
+        ("is_unbiased_for_the_smoothed_loss",),
+        patched(perturb, "WIDTH", 1.0),
+    ),
     Mutant("a move turned round", altered(AskTell, scaled(-1), population=8), ("whole_moves_lower_a_quadratic_loss",)),
     Mutant("a hundredth of a move", altered(AskTell, scaled(0.01), population=8), ("whole_moves_lower_a_quadratic_loss",)),
     Mutant(

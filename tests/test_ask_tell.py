@@ -284,6 +284,14 @@ def test_members_and_parameters_stay_within_the_bounds(how):
     assert search.vector().mean() > 0.15  # the optimum is beyond the upper face
 
 
+@pytest.mark.parametrize("strategy", ["openes", "ars", "guided-es"])
+def test_a_clipped_mean_does_not_run_away_behind_a_face(strategy):
+    search = Search(lower=-0.1, upper=0.3, bounds="clip", sigma=0.1, strategy=strategy)
+    search.step(20)
+    assert search.mean().max() <= 0.3
+    assert search.vector().mean() > 0.28
+
+
 def test_a_start_outside_the_bounds_is_refused():
     with pytest.raises(SettingError, match=r"x0\[0\]=0 is not allowed.*\[1, 2\]"):
         Search(lower=1.0, upper=2.0)

@@ -19,6 +19,12 @@ __all__ = ["elsewhere"]  # a fixture for every test
 QUIET = ("es", "--quiet")
 
 
+@pytest.fixture
+def unplotted(monkeypatch):
+    """No picture: drawing one takes longer than the search."""
+    monkeypatch.setattr(report_es, "convergence", lambda rows, **labels: b"")
+
+
 def result(*arguments):
     shown = invoke(*QUIET, "--json", *arguments)
     assert shown.exit_code == 0, shown.output
@@ -75,7 +81,7 @@ def test_a_folder_holds_log_plot_result_and_state(tmp_path):
     assert (tmp_path / "a" / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_resumed_search_comes_to_the_same_bits_and_the_same_log(tmp_path):
+def test_a_resumed_search_comes_to_the_same_bits_and_the_same_log(tmp_path, unplotted):
     common = ("--function", "ellipsoid", "--dimension", "4")
     result(*common, "--evaluations", "333", "--out", tmp_path / "a")
     resumed, whole = result(*common, "--out", tmp_path / "a", "--resume"), result(*common, "--out", tmp_path / "b")
@@ -91,7 +97,7 @@ def test_a_search_whose_f_breaks_off_leaves_the_log_of_every_generation(tmp_path
     assert [row["evaluations"] for row in rows] == [7, 14, 21, 28, 35, 42]
 
 
-def test_a_log_cut_short_is_gone_on_with(tmp_path):
+def test_a_log_cut_short_is_gone_on_with(tmp_path, unplotted):
     common = ("--function", "sphere", "--dimension", "2")
     result(*common, "--evaluations", "96", "--out", tmp_path / "a")
     log = tmp_path / "a" / "log.csv"
@@ -100,7 +106,7 @@ def test_a_log_cut_short_is_gone_on_with(tmp_path):
     assert [row["generation"] for row in report_es.from_csv(log.read_bytes())] == [*range(1, 16), *range(17, 21)]
 
 
-def test_a_search_on_another_function_is_not_gone_on_with(tmp_path):
+def test_a_search_on_another_function_is_not_gone_on_with(tmp_path, unplotted):
     result("--function", "sphere", "--evaluations", "100", "--out", tmp_path / "a")
     shown = invoke(*QUIET, "--function", "ellipsoid", "--out", tmp_path / "a", "--resume")
     assert shown.exit_code == 4
@@ -182,7 +188,7 @@ def test_a_function_that_never_works_leaves_exit_code_3():
     assert "TypeError" in shown.stderr
 
 
-def test_a_folder_in_use_is_left_alone(tmp_path):
+def test_a_folder_in_use_is_left_alone(tmp_path, unplotted):
     result("--function", "sphere", "--out", tmp_path / "a")
     assert "is not empty" in invoke(*QUIET, "--function", "sphere", "--out", tmp_path / "a").stderr
     assert invoke(*QUIET, "--function", "sphere", "--out", tmp_path / "a", "--overwrite").exit_code == 0
@@ -192,7 +198,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert (tmp_path / "a" / "thesis.tex").is_file()
 
 
-def test_a_state_of_another_search_is_exit_code_4(tmp_path):
+def test_a_state_of_another_search_is_exit_code_4(tmp_path, unplotted):
     result("--function", "sphere", "--out", tmp_path / "a")
     assert invoke(*QUIET, "--function", "sphere", "--seed", "1", "--out", tmp_path / "a", "--resume").exit_code == 4
 

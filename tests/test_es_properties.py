@@ -132,6 +132,23 @@ def test_a_flat_fitness_breaks_no_strategy(name):
     assert is_finite(advance(strategy, begin(strategy), lambda x: np.zeros(len(x)), 50))
 
 
+ENDLESS = [("xnes", "flat", 1_000), ("sep-cma-es", "face", 200), ("xnes", "face", 40), ("snes", "sphere", 1_500), ("sep-cma-es", "slope", 700)]
+
+
+@pytest.mark.parametrize(("name", "kind", "generations"), ENDLESS, ids=lambda value: str(value))
+def test_a_search_that_nobody_stops_breaks_no_strategy(name, kind, generations):
+    size = {"sphere": 1e-100, "slope": 1e100}.get(kind, 1.0)  # so that few generations lead to the end of float64
+    strategy = build(name, sigma=size)
+    state = strategy.init(Key(1), np.full(4, size))
+    f = {"sphere": lambda x: functions.sphere(x / size), "flat": lambda x: np.zeros(len(x))}.get(kind, lambda x: -x.sum(1))
+    for _ in range(generations):
+        population = strategy.ask(state)
+        population = np.clip(population, 0.9, 1.1) if kind == "face" else population
+        state = strategy.tell(state, population, f(population))
+    assert is_finite(state)
+    assert np.min(strategy.deviations(state)) > 0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_two_keys_give_two_searches_and_one_key_gives_one(name):
     strategy = build(name)

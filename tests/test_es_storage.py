@@ -94,7 +94,7 @@ def test_a_changed_bit_in_the_directory_of_a_zip_is_damage(place, bit, tmp_path)
 
 def test_a_type_that_does_not_parse_is_damage(tmp_path):
     path = save(tmp_path / "state.json", build("snes"), begin(build("snes")))
-    path.write_text(path.read_text().replace('"<f8"', '"<f,8("'))
+    path.write_text(path.read_text().replace('"<f8"', '",f8"'))
     with pytest.raises(CheckpointError, match="damaged"):
         load(path)
 
@@ -142,8 +142,8 @@ def searched(name, most, path=None, **options):
 
 def test_a_search_with_restarts_goes_on_to_the_same_bits(tmp_path):
     path = tmp_path / "search.npz"
-    begun = searched("cma-es", 1_000, path)
-    resumed, whole = searched("cma-es", 4_000, path), searched("cma-es", 4_000)
+    begun = searched("cma-es", 500, path)
+    resumed, whole = searched("cma-es", 2_000, path), searched("cma-es", 2_000)
     assert begun.evaluations < resumed.evaluations
     assert whole.restarts > 1
     np.testing.assert_array_equal(resumed.x, whole.x)
@@ -189,6 +189,12 @@ def test_a_search_that_is_done_stays_done(tmp_path):
     again = searched("cma-es", 20_000, path, restarts="none")
     assert done.evaluations < 20_000
     assert (again.evaluations, again.reason) == (done.evaluations, done.reason)
+
+
+def test_fewer_evaluations_than_were_made_end_the_search_at_once(tmp_path):
+    path = tmp_path / "search.npz"
+    searched("cma-es", 300, path)
+    assert searched("cma-es", 100, path).reason == "The evaluations are spent: 300 of 100."
 
 
 @pytest.mark.parametrize("changed", [{"seed": 1}, {"restarts": "ipop"}, {"bounds": (-4.0, 5.0)}, {"population": 9}, {"maximize": True}, {"label": "f"}])

@@ -68,9 +68,9 @@ def test_the_raw_estimate_is_unbiased_for_the_smoothed_gradient(engine, antithet
             return sum(value.sin().sum() for value in params.values()).reshape(1)
 
     problem, sigma = Waves(), 0.5
-    rule = raw(engine, antithetic=antithetic, sigma=sigma, rank=None)
+    rule = raw(engine, antithetic=antithetic, sigma=sigma, rank=None, population=64)
     expected = math.exp(-(sigma**2) / 2) * torch.cat([problem.values[name].cos().flatten() for name in sorted(problem.values)])
-    drawn = torch.stack([flat(look(rule, problem, key=KEY.at(step)).grads) for step in range(300)])
+    drawn = torch.stack([flat(look(rule, problem, key=KEY.at(step)).grads) for step in range(40)])
     errors = (drawn.mean(0) - expected).abs() / (drawn.std(0) / math.sqrt(len(drawn)))
     assert float(errors.max()) <= ERRORS
     along = drawn @ expected / expected.square().sum()
@@ -247,6 +247,10 @@ def test_steps_of_rate_zero_leave_the_parameters_bit_identical(engine, dtype):
         optimizer.step()
     for name, value in model.named_parameters():
         assert torch.equal(value.view(torch.uint8), before[name].view(torch.uint8))
+
+
+def test_the_sigma_of_a_report_is_the_setting_to_the_last_digit():
+    assert float(look(Eggroll(population=4, sigma=0.07), Bowl()).metrics["sigma"]) == 0.07
 
 
 # -- bad fitness ------------------------------------------------------------------------------------------------------------------

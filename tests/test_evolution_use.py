@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,7 +41,26 @@ from altgrad.world import World
         ({"chunk": 0}, "chunk=0 is not allowed"),
         ({"noise_reuse": 0}, "noise_reuse=0 is not allowed"),
         ({"sigma_schedule": "cosin"}, "Did you mean 'cosine'"),
-        ({"sigma_schedule": "linear"}, "steps=0 is not allowed"),
+        ({"sigma_schedule": "linear"}, "sigma_steps=0 is not allowed"),
+        ({"sigma_schedule": "linear", "sigma_steps": 1.5}, "sigma_steps=1.5 is not allowed"),
+        ({"sigma_decay": 2.0}, "sigma_decay=2.0 is not allowed"),
+        ({"sigma_floor": "a"}, "sigma_floor='a' is not allowed"),
+        ({"sigma_schedule": None}, "unknown sigma schedule 'None'"),
+        ({"sigma": None}, "sigma=None is not allowed; it must be a positive number"),
+        ({"sigma": "0.1"}, "sigma='0.1' is not allowed"),
+        ({"rank": 2.5}, "rank=2.5 is not allowed; it must be None or a whole number >= 1"),
+        ({"rank": "1"}, "rank='1' is not allowed"),
+        ({"chunk": 1.5}, "chunk=1.5 is not allowed; it must be None or a whole number >= 1"),
+        ({"groups": 2.0}, "groups=2.0 is not allowed; it must be a whole number >= 1"),
+        ({"noise_reuse": 1.5}, "noise_reuse=1.5 is not allowed"),
+        ({"noise": ["normal"]}, "unknown noise law"),
+        ({"shaping": None}, "unknown shaping 'None'"),
+        ({"shaping": ["raw"]}, "unknown shaping"),
+        ({"adapt": ["nes"]}, "adapt=['nes'] is not allowed"),
+        ({"truncation": 3}, "unknown truncation '3'"),
+        ({"maximize": "false"}, "maximize='false' is not allowed; it must be True or False"),
+        ({"antithetic": "no"}, "antithetic='no' is not allowed"),
+        ({"seed": 1.5}, "seed=1.5 is not allowed"),
         ({"adapt": "cma"}, "adapt='cma' is not allowed"),
         ({"adapt": "nes", "sigma_schedule": "cosine", "sigma_steps": 9}, "must be 'constant' where sigma adapts"),
         ({"adapt": "nes", "noise": "sign"}, "sigma cannot adapt to rank 1 noise='sign'"),
@@ -57,6 +77,16 @@ def test_settings_out_of_range_are_refused_with_what_is_allowed(settings, said):
 def test_a_rank_above_every_matrix_is_refused_by_name():
     with pytest.raises(SettingError, match=r"rank=5 is not allowed: the widest matrix, 'matrix', is \(3, 4\) and has rank 3; it must be at most 3"):
         look(Eggroll(population=4, rank=5), Bowl())
+
+
+def test_a_matrix_without_elements_has_no_say_in_the_rank():
+    def function(values):
+        return values["empty"].sum() + values["vector"].square().sum()
+
+    values = {"empty": torch.ones(0, 3), "vector": torch.ones(2)}
+    found = altgrad.grad(function, engine="eggroll", population=8)(values, key=Key(0))
+    assert found["empty"].shape == (0, 3)
+    assert bool(found["vector"].any())
 
 
 def test_a_model_without_matrices_takes_any_rank():
@@ -174,6 +204,17 @@ def test_grad_estimates_a_function_of_any_tree(engine):
     one, other = (torch.cat([leaf.flatten() for leaf in (tree["a"], *tree["b"])]) for tree in (found, exact))
     assert float(F.cosine_similarity(one, other, 0)) > 0.95
     assert float(one @ other / other.square().sum()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("number", [float, lambda value: value.numpy() + np.float64(0), lambda value: round(float(value) * 1e6)], ids=["float", "numpy", "int"])
+@pytest.mark.parametrize("settings", [{"engine": "es"}, {"engine": "eggroll", "antithetic": False}, {"engine": "spsa", "population": 256}], ids=str)
+def test_grad_takes_a_function_that_returns_a_plain_number(number, settings):
+    point = torch.tensor([0.3, -1.2, 0.8], dtype=torch.float64)
+    estimates = [
+        altgrad.grad(function, **{"population": 256, **settings})(point, key=Key(0))
+        for function in (lambda x: number(x.square().sum()), lambda x: x.square().sum())
+    ]
+    assert float(F.cosine_similarity(*estimates, 0)) == pytest.approx(1, abs=1e-3)
 
 
 def test_lbfgs_descends_with_frozen_noise():

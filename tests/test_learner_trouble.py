@@ -110,5 +110,18 @@ def test_an_engine_that_needs_more_than_a_model_and_a_loss_is_refused_with_what_
     class Energetic(altgrad.Engine):
         needs = altgrad.Needs.ENERGY
 
-    with pytest.raises(CapabilityError, match="use one of: backprop, eggroll, es, forward"):
+    with pytest.raises(CapabilityError, match=r"use one of: .*backprop, .*forward"):
         Learner(net(), F.cross_entropy, engine=Energetic())
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    frozen = net().requires_grad_(False)
+    with pytest.raises(UsageError, match="nothing to train"):
+        Learner(frozen, F.cross_entropy)
+
+
+def test_an_empty_batch_is_refused():
+    learner = Learner(net(), F.cross_entropy)
+    x, y = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
+    with pytest.raises(DataError, match="no examples"):
+        learner.backward(x, y)

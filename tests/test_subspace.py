@@ -273,6 +273,8 @@ def test_more_dimensions_than_parameters_are_refused():
         ({"inner": "egroll"}, "unknown engine 'egroll'. Did you mean 'eggroll'"),
         ({"inner": "random-subspace"}, "a subspace of a subspace"),
         ({"dimension": 0}, "dimension=0 is not allowed"),
+        ({"inner": None}, "inner=None is not allowed; it must be the name of an engine"),
+        ({"inner_settings": ["sigma=0.1"]}, r"inner_settings=\['sigma=0.1'\] is not allowed; it must be text as sigma=0.1,population=64, or a dict"),
         ({"inner": "blobs:Greedy"}, "inner='blobs:Greedy' needs ENERGY, which a function of z does not provide"),
     ],
 )

@@ -40,7 +40,8 @@ class Offline:
         seen = (str(signature), str(constants))
         if seen not in self.compiled:
             self.compiled.add(seen)
-            for target in TARGETS:
+            # What a type or a constant breaks, it breaks before the target is known: the older one sees each kernel once.
+            for target in TARGETS if len(self.compiled) == 1 else TARGETS[1:]:
                 triton.compile(ASTSource(self.kernel, signature, constants), target=target, options=options)
             print(self.kernel.__name__, constants, flush=True)
 

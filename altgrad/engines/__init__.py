@@ -3,6 +3,7 @@
 TABLE = {
     "backprop": "altgrad.engines.backprop:Backprop",
     "forward": "altgrad.engines.forward:Forward",
+    "likelihood-ratio": "altgrad.engines.likelihood_ratio:LikelihoodRatio",
     "es": "altgrad.engines.evolution:ES",
     "eggroll": "altgrad.engines.evolution:Eggroll",
     "spsa": "altgrad.engines.evolution:SPSA",

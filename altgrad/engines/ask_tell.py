@@ -183,7 +183,7 @@ class AskTell(Engine):
             clean = part.objective(space.params, batch, buffers)
         values = fitness.double().cpu().numpy() * (-1.0 if self.maximize else 1.0)
         self.warn_if_equal(problem, values, key)
-        after = self.rule.tell(now, self.box.told(asked), self.box.charged(asked, values))
+        after = self.box.kept(self.rule.tell(now, self.box.told(asked), self.box.charged(asked, values)))
         mean, deviation, odd = told(fitness, None)
         # A mean that stands where the objective has no value is no end of the search while members have one.
         loss = torch.where(clean.isfinite() | ~mean.isfinite(), clean, mean.to(clean))

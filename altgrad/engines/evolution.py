@@ -68,21 +68,25 @@ class Evolution(Engine):
     def __post_init__(self) -> None:
         least = 2 if self.antithetic else 1
         require(isinstance(self.population, int) and self.population >= least, "population", self.population, f"a whole number >= {least}")
-        require(self.rank is None or self.rank >= 1, "rank", self.rank, "None or a whole number >= 1")
-        if self.noise not in KURTOSIS:
-            raise SettingError(near_miss("noise law", self.noise, KURTOSIS))
-        require(self.groups >= 1, "groups", self.groups, "a whole number >= 1")
+        for name in ("rank", "chunk"):
+            value = getattr(self, name)
+            require(value is None or (isinstance(value, int) and value >= 1), name, value, "None or a whole number >= 1")
+        for name in ("groups", "noise_reuse"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value >= 1, name, value, "a whole number >= 1")
+        for name in ("antithetic", "maximize"):
+            require(isinstance(getattr(self, name), bool), name, getattr(self, name), "True or False")
+        if str(self.noise) not in KURTOSIS:
+            raise SettingError(near_miss("noise law", str(self.noise), KURTOSIS))
         shapings.check(self.shaping, self.population, pairs=self.antithetic, groups=self.groups if self.grouped else None)
         require(self.directions % self.groups == 0, "groups", self.groups, f"a divisor of the {self.directions} directions")
-        require(self.chunk is None or self.chunk >= 1, "chunk", self.chunk, "None or a whole number >= 1")
-        require(self.noise_reuse >= 1, "noise_reuse", self.noise_reuse, "a whole number >= 1")
-        require(self.adapt in {"none", "nes", "nes-per-tensor"}, "adapt", self.adapt, "'none', 'nes' or 'nes-per-tensor'")
+        require(str(self.adapt) in {"none", "nes", "nes-per-tensor"}, "adapt", self.adapt, "'none', 'nes' or 'nes-per-tensor'")
         self.schedule  # noqa: B018 - checks its settings
         if self.adapt != "none":
             require(self.sigma_schedule == "constant", "sigma_schedule", self.sigma_schedule, "'constant' where sigma adapts")
             sigmas.check_adaptation(law=self.noise, rank=self.rank, shaping=self.shaping)
         truncated.check(self)
-        require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "None or in [0, 2^64)")
+        require(self.seed is None or (isinstance(self.seed, int) and 0 <= self.seed < 2**64), "seed", self.seed, "None or in [0, 2^64)")
 
     @property
     def grouped(self) -> bool:
@@ -109,7 +113,7 @@ class Evolution(Engine):
         return Bias.SMOOTHED
 
     def init(self, problem: Problem, params: Tree, key: Key) -> Tree:
-        matrices = {name: min(p.shape[0], p.shape[1:].numel()) for name, p in params.items() if p.ndim >= 2}
+        matrices = {name: min(p.shape[0], p.shape[1:].numel()) for name, p in params.items() if p.ndim >= 2 and p.numel()}
         if self.rank is not None and matrices and self.rank > max(matrices.values()):
             widest = max(matrices, key=lambda name: matrices[name])
             raise SettingError(
@@ -166,7 +170,7 @@ class Evolution(Engine):
             "forwards": torch.tensor(passes, dtype=torch.float64),
             "backwards": torch.zeros(()),
             "fitness_deviation": deviation,
-            "sigma": torch.as_tensor(draws.scale(next(iter(params)))).double(),
+            "sigma": torch.as_tensor(draws.scale(next(iter(params))), dtype=torch.float64),
             "members_not_finite": odd,
             **{name: torch.tensor(count) for name, count in notes.metrics().items()},
         }

@@ -153,6 +153,8 @@ class RandomSubspace(Engine):
         given: Any = self.inner_settings
         if isinstance(given, Mapping):  # kept as text: settings are plain values
             object.__setattr__(self, "inner_settings", ",".join(f"{name}={value}" for name, value in given.items()))
+        require(isinstance(self.inner_settings, str), "inner_settings", self.inner_settings, "text as sigma=0.1,population=64, or a dict")
+        require(isinstance(self.inner, str), "inner", self.inner, "the name of an engine")
         if self.inner == "random-subspace":
             raise SettingError("inner='random-subspace' is not allowed: a subspace of a subspace is one of fewer dimensions; set dimension.")
         beyond = self.rule.needs & ~VIEWS

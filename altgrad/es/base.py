@@ -41,6 +41,8 @@ class State:
 
 S = TypeVar("S", bound=State)
 
+RANGE = (1e-140, 1e140)  # of standard deviations: their squares are numbers of float64
+
 
 @dataclass(frozen=True, eq=False)
 class Strategy(Generic[S]):
@@ -128,7 +130,7 @@ class Strategy(Generic[S]):
             population, fitness = state.waiting, state.waiting_fitness
         ranked = ranking.worst_last(fitness)
         # A generation without one finite value says nothing about where to go; the next one draws other numbers.
-        moved = self.update(state, population, ranked) if np.isfinite(ranked).any() else state
+        moved = self.updated(state, population, ranked) if np.isfinite(ranked).any() else state
         dimension = len(state.mean)
         return replace(
             moved,
@@ -161,6 +163,17 @@ class Strategy(Generic[S]):
         return state.sigma
 
     # -- shared ------------------------------------------------------------------------------------------------------------------
+
+    def updated(self, state: S, population: np.ndarray, fitness: np.ndarray) -> S:
+        """`update`, or `state` where that would leave what float64 can hold: on a flat f, a search that nobody stops wanders without end."""
+        try:
+            with np.errstate(all="ignore"):
+                after = self.update(state, population, fitness)
+                deviations = np.asarray(self.deviations(after))
+        except np.linalg.LinAlgError:
+            return state
+        sound = np.isfinite(after.mean).all() and float(deviations.min()) >= RANGE[0] and float(deviations.max()) <= RANGE[1]
+        return after if sound else state
 
     def checked(self, state: S, population: Any, fitness: Any, index: Any) -> tuple[np.ndarray, np.ndarray]:
         """Both as float64, or the error that says what is wrong with them."""

@@ -11,12 +11,12 @@ r"""A box for strategies that know none: where members are evaluated, and what t
 In `reflect`, `transform` and `penalty` the strategy lives in an unbounded space: `inside` gives the points to evaluate and to report.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from altgrad.errors import SettingError, ShapeError, near_miss
-from altgrad.es.base import numbers
+from altgrad.es.base import S, numbers
 
 KINDS = ("none", "clip", "reflect", "transform", "penalty")
 
@@ -88,6 +88,10 @@ class Bounds:
     def told(self, points: np.ndarray) -> np.ndarray:
         """The points the strategy is told for a population it asked for."""
         return self.inside(points) if self.how == "clip" else points
+
+    def kept(self, state: S) -> S:
+        """`state` after a tell, with its mean brought back where a strategy that clips has left the box."""
+        return replace(state, mean=self.inside(state.mean)) if self.how == "clip" else state
 
     def charged(self, points: np.ndarray, fitness: np.ndarray) -> np.ndarray:
         """The fitness the strategy is told, [λ], for members that were asked for at `points` [λ, n]."""

@@ -19,7 +19,7 @@ import numpy as np
 from altgrad.errors import require
 from altgrad.es import draws, ranking
 from altgrad.es.base import State, Strategy, is_whole, refuse_above
-from altgrad.es.recombination import Constants, constants, path_is_short, step_size
+from altgrad.es.recombination import Constants, constants, kept_positive, path_is_short, step_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +74,7 @@ class CMAES(Strategy[CMAState]):
         short = path_is_short(norm, state.generation, n, c)
         path_covariance = (1 - c.c_c) * state.path_covariance + short * sqrt(c.c_c * (2 - c.c_c) * c.mu_eff) * move
         lost = 0.0 if short else c.c_c * (2 - c.c_c)  # of the variance p_c would have brought
-        weights = np.where(c.weights >= 0, c.weights, c.weights * n / np.maximum(np.square(white).sum(1), 1e-300))
+        weights = kept_positive(c.weights, np.square(white).sum(1), n)
         covariance = (1 + c.c_1 * lost - c.c_1 - c.c_mu * c.weights.sum()) * state.covariance
         covariance += c.c_1 * np.outer(path_covariance, path_covariance)
         covariance += (steps.T * (c.c_mu * weights)) @ steps

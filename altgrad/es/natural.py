@@ -19,7 +19,7 @@ import numpy as np
 
 from altgrad.errors import require
 from altgrad.es import draws, ranking
-from altgrad.es.base import State, Strategy, is_number, is_whole, refuse_above
+from altgrad.es.base import RANGE, State, Strategy, is_number, is_whole, refuse_above
 
 GREATEST = 2.0  # of an exponent: one wild generation must not throw the search away
 
@@ -59,7 +59,7 @@ class SNES(Strategy[ScaleState]):
         rate = (3 + log(n)) / (5 * sqrt(n)) if self.scale_rate is None else self.scale_rate
         move, squares = draws.weighted_sums(weights, population, state.mean, weights)
         growth = 0.5 * rate * squares / np.square(state.scales)  # Σ u = 0, so that the -1 of z² - 1 drops out
-        scales = state.scales * np.exp(np.clip(growth, -GREATEST, GREATEST))
+        scales = np.clip(state.scales * np.exp(np.clip(growth, -GREATEST, GREATEST)), *RANGE)
         return replace(state, mean=state.mean + self.mean_rate * move, scales=scales, sigma=float(np.sqrt(np.mean(np.square(scales)))))
 
     def deviations(self, state: ScaleState) -> np.ndarray:
@@ -112,7 +112,7 @@ class XNES(Strategy[MatrixState]):
         return replace(
             state,
             mean=state.mean + self.mean_rate * state.sigma * (weights @ steps),
-            sigma=state.sigma * exp(min(GREATEST, 0.5 * rate * scale)),
+            sigma=state.sigma * exp(max(-GREATEST, min(GREATEST, 0.5 * rate * scale))),
             basis=state.basis @ exponential(0.5 * rate * shape),
         )
 

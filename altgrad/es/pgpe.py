@@ -16,7 +16,7 @@ import numpy as np
 
 from altgrad.errors import require
 from altgrad.es import draws, ranking, steps
-from altgrad.es.base import State, Strategy, is_number
+from altgrad.es.base import RANGE, State, Strategy, is_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class PGPE(Strategy[PGPEState]):
             squares[part] = together @ np.square(noise, out=noise)
         velocity = self.moved(state, moves)
         wanted = state.scales - self.scale_rate * squares / state.scales  # Σ together = 0, so that the s² of ε² - s² drops out
-        scales = np.clip(wanted, (1 - self.change) * state.scales, (1 + self.change) * state.scales)
+        scales = np.clip(np.clip(wanted, (1 - self.change) * state.scales, (1 + self.change) * state.scales), *RANGE)
         return replace(state, mean=state.mean - velocity, scales=scales, velocity=velocity, sigma=float(np.sqrt(np.mean(np.square(scales)))))
 
     def moved(self, state: PGPEState, gradient: np.ndarray) -> np.ndarray:

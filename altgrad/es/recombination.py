@@ -69,6 +69,14 @@ def constants(members: int, dimension: int, *, diagonal: bool, active: bool) -> 
     return Constants(weights, positive, mu_eff, c_s, d_s, min(1.0, c_c), c_1, c_mu, expected_norm(n))
 
 
+def kept_positive(weights: np.ndarray, lengths: np.ndarray, dimension: int) -> np.ndarray:
+    """`weights` [λ] with w n / ‖z‖² for each negative w, so that C stays positive definite; ‖z‖² [λ] is `lengths`.
+
+    A member that fell on the mean, its step below the mean's rounding, has ‖z‖ = 0 and a finite weight.
+    """
+    return np.where(weights >= 0, weights, weights * dimension / np.maximum(lengths, 1e-20))
+
+
 def step_size(sigma: float, path_norm: float, c: Constants) -> float:
     """s exp((c_s/d_s)(‖p_s‖/χ_n - 1)), at most e times as large: one wild generation must not throw the search away."""
     return sigma * exp(min(1.0, (c.c_s / c.d_s) * (path_norm / c.chi - 1)))

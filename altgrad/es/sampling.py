@@ -17,7 +17,7 @@ import numpy as np
 
 from altgrad.errors import SettingError, near_miss, require
 from altgrad.es import draws, ranking
-from altgrad.es.base import State, Strategy, is_number
+from altgrad.es.base import RANGE, State, Strategy, is_number
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class CEM(Strategy[CEMState]):
         weights[ranking.order(fitness)[:count]] = 1 / count
         move, squares = draws.weighted_sums(weights, population, state.mean, weights)
         variances = (1 - self.rate) * np.square(state.scales) + self.rate * squares - np.square(self.rate * move)
-        scales = np.sqrt(np.maximum(variances, 0.0))
+        scales = np.clip(np.sqrt(np.maximum(variances, 0.0)), *RANGE)
         return replace(state, mean=state.mean + self.rate * move, scales=scales, sigma=float(np.sqrt(np.mean(np.square(scales)))))
 
     def deviations(self, state: CEMState) -> np.ndarray:

@@ -79,7 +79,7 @@ class Search:
         if progress.evaluations + progress.run.members <= self.max_evaluations:
             return None
         left = self.max_evaluations - progress.evaluations
-        few = f", and {left} are too few for a generation of {progress.run.members}" if left else ""
+        few = f", and {left} are too few for a generation of {progress.run.members}" if left > 0 else ""
         return f"The evaluations are spent: {progress.evaluations} of {self.max_evaluations}{few}."
 
     def step(self, progress: Progress) -> tuple[Progress, str | None, dict[str, Any]]:
@@ -91,9 +91,7 @@ class Search:
         points = self.bounds.inside(asked)
         raw, failed, first = evaluate(self.f, points, generation=progress.generations, vectorized=self.vectorized, silent=progress.failures > 0)
         fitness = ranking.worst_last(-raw if self.maximize else raw)
-        state = strategy.tell(state, self.bounds.told(asked), self.bounds.charged(asked, fitness))
-        if self.bounds.how == "clip":
-            state = replace(state, mean=self.bounds.inside(state.mean))
+        state = self.bounds.kept(strategy.tell(state, self.bounds.told(asked), self.bounds.charged(asked, fitness)))
         top, values = ranking.best_of(progress.top, progress.top_fitness, points, fitness, self.strategy.keep)
         finite = fitness[np.isfinite(fitness)]
         after = replace(

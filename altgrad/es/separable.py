@@ -15,7 +15,7 @@ import numpy as np
 
 from altgrad.es import draws, ranking
 from altgrad.es.base import State, Strategy
-from altgrad.es.recombination import constants, path_is_short, step_size
+from altgrad.es.recombination import constants, kept_positive, path_is_short, step_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,7 @@ class SepCMAES(Strategy[SeparableState]):
         positive, weights = np.empty(members), np.empty(members)
         positive[places], weights[places] = c.positive, c.weights
         if c.weights[-1] < 0:
-            lengths = squared_lengths(population, state.mean, self.deviations(state))
-            weights = np.where(weights >= 0, weights, weights * n / np.maximum(lengths, 1e-300))
+            weights = kept_positive(weights, squared_lengths(population, state.mean, self.deviations(state)), n)
         move, squares = draws.weighted_sums(positive / state.sigma, population, state.mean, weights / state.sigma**2)
         path_sigma = (1 - c.c_s) * state.path_sigma + sqrt(c.c_s * (2 - c.c_s) * c.mu_eff) * (move / np.sqrt(state.variances))
         norm = float(np.linalg.norm(path_sigma))

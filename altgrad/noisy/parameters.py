@@ -41,30 +41,30 @@ class Noisy(torch.Tensor):
     whole: Tensor
     made_on: "NoisyTrace"
     parameter: str
-    view: View | None  # whole -> the shape of centre; None where centre is the whole
+    through: View | None  # whole -> the shape of centre; None where centre is the whole
 
     @staticmethod
     def __new__(cls, centre: Tensor, trace: "NoisyTrace", *, parameter: str, whole: Tensor | None = None, view: View | None = None) -> "Noisy":
         self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
-        self.centre, self.whole, self.made_on, self.parameter, self.view = centre, centre if whole is None else whole, trace, parameter, view
+        self.centre, self.whole, self.made_on, self.parameter, self.through = centre, centre if whole is None else whole, trace, parameter, view
         return self
 
     def seen(self, centre: Tensor, view: View | None) -> "Noisy":
         """The same parameter through a further view (None: another precision only)."""
-        before = self.view
+        before = self.through
         after = before if view is None else view if before is None else lambda whole: view(before(whole))
         return Noisy(centre, self.made_on, parameter=self.parameter, whole=self.whole, view=after)
 
     def perturbed(self) -> Tensor:
         """The value with noise of its own, for functions that no layer rule answers."""
         value = self.made_on.fallen(self.parameter, self.whole)
-        return (value if self.view is None else self.view(value)).to(self.centre.dtype)
+        return (value if self.through is None else self.through(value)).to(self.centre.dtype)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """The gradient of the whole parameter from that of this view: the entries go where they came from, the others are zero."""
-        if self.view is None:
+        if self.through is None:
             return grad.reshape(self.whole.shape)
-        places = self.view(torch.arange(self.whole.numel(), device=grad.device).reshape(self.whole.shape))
+        places = self.through(torch.arange(self.whole.numel(), device=grad.device).reshape(self.whole.shape))
         return grad.new_zeros(self.whole.numel()).index_add_(0, places.reshape(-1), grad.reshape(-1)).reshape(self.whole.shape)
 
     @classmethod

@@ -48,7 +48,7 @@ AGE, CARRY = "episode.age", "episode.carry."  # names in the engine's state: tru
 def check(engine: "Evolution") -> None:
     """Raise SettingError unless the settings of `engine` go with its `truncation`."""
     if engine.truncation not in TRUNCATIONS:
-        raise SettingError(near_miss("truncation", engine.truncation, TRUNCATIONS))
+        raise SettingError(near_miss("truncation", str(engine.truncation), TRUNCATIONS))
     if engine.truncation == "none":
         return
     label = f"with truncation={engine.truncation!r}"

@@ -7,6 +7,7 @@ TABLE = {
     "cifar10": "altgrad.problems.images:CIFAR10",
     "quadratic": "altgrad.problems.quadratic:Quadratic",
     "control": "altgrad.problems.control:Control",
+    "gymnasium": "altgrad.problems.gymnasium:Gymnasium",
     "char-lm": "altgrad.problems.char_lm:CharacterModel",
     "accuracy": "altgrad.problems.accuracy:Accuracy",
     "recurrence": "altgrad.problems.recurrence:Recurrence",

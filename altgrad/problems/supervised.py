@@ -114,7 +114,7 @@ class Supervised(Problem):
         """The mean loss of outputs, which are widened to float32 first: members differ by less than a short float can tell."""
         value = self.loss_function(tree_map(widened, outputs), batch.targets)
         if isinstance(value, (int, float)):  # a metric in plain Python; NumPy's floats are floats too
-            value = torch.tensor(float(value))
+            value = torch.tensor(float(value), dtype=torch.float64)
         self.check(value, batch)
         return value.mean() if value.ndim else value
 
