@@ -135,13 +135,18 @@ def main() -> None:
         for future in [pool.submit(run, name, seed, options.steps) for name in options.rows for seed in options.seeds]:
             found.append(future.result())
             print(found[-1], flush=True)
+            write(options.out, found)
+
+
+def write(path: str | None, found: list[dict]) -> None:
+    """The record so far."""
     summary = []
     for name in (name for name in ROWS if any(entry["row"] == name for entry in found)):
         own = [entry["figures"] for entry in found if entry["row"] == name]
         means = {key: statistics.mean(figures[key] for figures in own) for key in own[0]}
         spread = {key: statistics.pstdev(figures[key] for figures in own) for key in own[0]}
         summary.append({"row": name, **ROWS[name], "mean": means, "spread": spread})
-    record(options.out, {"summary": summary, "rows": found})
+    record(path, {"summary": summary, "rows": found})
 
 
 if __name__ == "__main__":
