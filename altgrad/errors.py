@@ -54,7 +54,15 @@ class MissingExtraError(AltgradError):
 
 
 # The package as it is imported -> the extra that brings it, and its name on the index where that is another.
-EXTRAS = {"torch": "torch", "safetensors": "torch", "sklearn": "data", "PIL": "data", "matplotlib": "plot", "pytorch_optimizer": "optim", "gymnasium": "gymnasium"}
+EXTRAS = {
+    "torch": "torch",
+    "safetensors": "torch",
+    "sklearn": "data",
+    "PIL": "data",
+    "matplotlib": "plot",
+    "pytorch_optimizer": "optim",
+    "gymnasium": "gymnasium",
+}
 INDEX_NAMES = {"sklearn": "scikit-learn", "PIL": "pillow", "pytorch_optimizer": "pytorch-optimizer"}
 
 

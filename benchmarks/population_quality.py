@@ -4,7 +4,8 @@
 
 The settings below are part of the figure. They were chosen on seed 10: digits and 0/1 accuracy on the last 287 training examples, held out, over
 sigma 0.05, 0.1 (0.2) and lr 1e-2 to 5e-2; cart-pole on seeds 10 to 12 over lr 0.03, 0.05 and 0.1 (at a constant 0.03 one seed in three loses the
-pole again after sixty updates); char-lm's network and rates on another text (moby-dick, its test part among it), so that nothing of the corpus reported here was looked at. Scored after the last step, on seeds 0 to 2.
+pole again after sixty updates); char-lm's network and rates on another text (moby-dick, its test part
+among it), so that nothing of the corpus reported here was looked at. Scored after the last step, on seeds 0 to 2.
 Where there is no gradient, no backprop row exists.
 """
 

@@ -136,9 +136,12 @@ def update(rows: int, law: str, repeats: int, width: int = WIDTH, members: int =
         step[0] += 1
         population(call, draws_of(params, step[0], law, members), inputs=x)
 
-    found = ratios(
-        forward, {"factors kept": lambda: dict(Moves(kept, weights)), "drawn again": lambda: dict(Moves(draws_of(params, 0, law, members), weights))}, repeats
-    )
+    def estimate(draws: Draws) -> None:  # as optimizers take it: tensor by tensor, each dropped before the next is made
+        moves = Moves(draws, weights)
+        for name in moves:
+            moves[name]
+
+    found = ratios(forward, {"factors kept": lambda: estimate(kept), "drawn again": lambda: estimate(draws_of(params, 0, law, members))}, repeats)
     return {name: 1 / value for name, value in found.items()}
 
 

@@ -243,8 +243,8 @@ class Moves(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.draws.params[name]
-        moved = self.draws.combine(name, self.weights.to(device=value.device))
-        return (moved / self.draws.scale(name)).to(value.dtype)
+        weights = self.weights.to(value.device)
+        return self.draws.combine(name, weights / torch.as_tensor(self.draws.scale(name)).to(weights)).to(value.dtype)  # σ in the short factor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.draws.params)

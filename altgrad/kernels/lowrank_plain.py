@@ -31,6 +31,8 @@ def _own(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
     flat = x.reshape(-1, inputs)
     each = len(flat) // members if members else 0
     rows = flat.view(members, each, inputs)
+    if rank == 1 and each == 1:
+        return _single(flat, weight, bias, a[:, :, 0], b[:, :, 0], scale, groups).view(members, *x.shape[1:-1], outputs)
     out = scratch.empty((members, each, outputs), x.dtype, x.device)
     inner = rows.new_empty(members, each, rank)  # x b
     # A batched product is quick where each b_p, seen as [r, n], has ordinary strides; for one row a copy to get that costs more than it saves.
@@ -57,6 +59,20 @@ def _own(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
     total = out.view(-1, outputs)
     torch.addmm(total, flat, weight.t(), out=total)  # as addmm_, which operation counters do not know
     return out.view(members, *x.shape[1:-1], outputs)
+
+
+def _single(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, groups: int) -> Tensor:
+    """One row a member, rank 1: x b is a dot product each, for which a batched product would pay a call each."""
+    members, outputs = len(flat), weight.shape[0]
+    thin = (flat.view(groups, -1, flat.shape[1]) * b).sum(2).view(members, 1)
+    if scale != 1:
+        thin.mul_(scale)
+    if groups == 2:
+        thin[members // 2 :].neg_()
+        a = torch.cat([a, a])
+    out = scratch.empty((members, outputs), flat.dtype, flat.device)
+    torch.mul(thin, a, out=out) if bias is None else torch.addcmul(bias, thin, a, out=out)
+    return out.addmm_(flat, weight.t())
 
 
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, pairs: bool) -> Tensor:

@@ -18,22 +18,21 @@ from altgrad.rng import Key
 from altgrad.sigma import low_rank_squares
 
 RECENT = 6  # parameters whose perturbations stay at hand: a recurrent layer reads its four or five at every step
-KEPT = 1 << 24  # numbers: noise of a step with one chunk that is kept for its update; above it is drawn again
+KEPT = 1 << 22  # numbers: noise of a step with one chunk that is kept, for its update and for another look; above it is drawn again
 
 
 class Supply(Mapping[str, Any]):
     """What a chunk's parameters are made of, made when asked for; the last few stay, so that memory does not grow with depth."""
 
-    def __init__(self, names: Sequence[str], make: Callable[[str], Any]):
-        self.names, self.make = list(names), make
-        self.recent: dict[str, Any] = {}
+    def __init__(self, names: Sequence[str], make: Callable[[str], Any], *, most: int, recent: dict[str, Any]):
+        self.names, self.make, self.most, self.recent = list(names), make, most, recent
 
     def __getitem__(self, name: str) -> Any:
         found = self.recent.pop(name, None)
         if found is None:
             if name not in self.names:
                 raise KeyError(name)
-            if len(self.recent) >= RECENT:
+            if len(self.recent) >= self.most:
                 del self.recent[next(iter(self.recent))]
             # Plain arithmetic on plain tensors: neither the pass's modes nor its vmap are to see it.
             with torch._C.DisableTorchFunction(), temporarily_clear_interpreter_stack():
@@ -93,6 +92,8 @@ class Draws:
         )
         self.keeps = self.size == count and count * numbers * (rank or 1) <= KEPT
         self.kept: dict[str, Dense | LowRank] = {}  # of the only chunk
+        self.thin_kept: dict[str, Any] = {}  # what that chunk's members are made of; the chunk itself refers to this object, so it is not kept
+        self.full_kept: dict[str, Any] = {}
 
     @property
     def members(self) -> int:
@@ -148,7 +149,11 @@ class Draws:
             return self.signed(self.moves(name, first, count).dense(), name, first).add_(self.params[name])
 
         names = [name for name in self.params if name in self.thin]
-        return Chunk(first, count, Supply(names, factors), Supply([name for name in self.params if name not in self.thin], written_out))
+        rest = [name for name in self.params if name not in self.thin]
+        kept = self.keeps and count == self.count
+        thin, full = (self.thin_kept, self.full_kept) if kept else ({}, {})
+        most = [len(self.params) if kept and all(self.params[name].ndim < 2 or name in self.thin for name in own) else RECENT for own in (names, rest)]
+        return Chunk(first, count, Supply(names, factors, most=most[0], recent=thin), Supply(rest, written_out, most=most[1], recent=full))
 
     def squares(self, name: str) -> Tensor:
         """The mean squared entry of each direction's E, [D] in float64."""
