@@ -19,7 +19,7 @@ demo: install
 	$(BIN)/altgrad train --engine forward --beside backprop --out runs/demo --overwrite
 
 test: install lint types
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2  # two processes of one thread each: small tensors gain nothing from more
 
 lint: install
 	$(BIN)/ruff check altgrad tests benchmarks examples
