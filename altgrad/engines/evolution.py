@@ -243,8 +243,8 @@ class Moves(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.draws.params[name]
-        weights = self.weights.to(value.device)
-        return self.draws.combine(name, weights / torch.as_tensor(self.draws.scale(name)).to(weights)).to(value.dtype)  # σ in the short factor
+        weights, sigma = self.weights.to(value.device), self.draws.scale(name)
+        return self.draws.combine(name, weights / (sigma.to(weights) if isinstance(sigma, Tensor) else sigma)).to(value.dtype)  # σ in the short factor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.draws.params)
