@@ -5,6 +5,7 @@ K directions V_1 … V_K of a tensor, each with E[v] = 0 and E[v vᵀ] = I:
     low rank   V = A Bᵀ / √r with A [m, r], B [n, r] elementwise of the same laws (a tensor of more axes is taken as [m, rest]).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -44,6 +45,28 @@ def draw(
         return noise.draw(law, key, tensor, members, shape, start=start, dtype=dtype, device=device)
     # u - ½ is exact in float32 and would not be in a shorter dtype.
     return noise.draw(law, key, tensor, members, shape, start=start, device=device).sub_(0.5).mul_(WIDTH).to(dtype)
+
+
+def split(drawn: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """A/√r [K, m, r] and B [K, n, r] of blocks [K, m + n, r] drawn together, A's `rows` first."""
+    a, b, rank = drawn[:, :rows], drawn[:, rows:], drawn.shape[2]
+    return (a if rank == 1 else a * rank**-0.5), b
+
+
+def factors(
+    law: str,
+    key: Key,
+    *,
+    tensor: int,
+    members: Sequence[int],
+    rank: int,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A/√r [K, m, r] and B [K, n, r] for a tensor of `shape` [m, ...], n being the product of the rest: one block a member (or pair)."""
+    drawn = draw(law, key, tensor, members, (shape[0] + math.prod(shape[1:]), rank), dtype=dtype, device=device)
+    return split(drawn, shape[0])
 
 
 class Directions(Protocol):
@@ -117,10 +140,16 @@ class LowRank:
         """A/√r [K, m, r] and B [K, n, r]; small, so kept for the step."""
         self.used = True
         if self.cache is None:
-            rows, columns = self.shape[0], self.shape[1:].numel()
-            drawn = draw(self.law, self.key, tensor_id(self.name), self.members, (rows + columns, self.rank), dtype=self.dtype, device=self.device)
-            a = drawn[:, :rows]
-            self.cache = (a if self.rank == 1 else a * self.rank**-0.5), drawn[:, rows:]
+            self.cache = factors(
+                self.law,
+                self.key,
+                tensor=tensor_id(self.name),
+                members=self.members,
+                rank=self.rank,
+                shape=self.shape,
+                dtype=self.dtype,
+                device=self.device,
+            )
         return self.cache
 
     def dense(self) -> Tensor:

@@ -80,6 +80,7 @@ OPTIONS = {
     "bag max": bag("max", TOKENS, padding=2),
     "bag max, empty bag": bag("max", FLAT, OFFSETS),
     "bag last offset": bag("mean", FLAT, torch.tensor([0, 5, 12]), last=True),
+    "embedding padded from the end": case(lambda: nn.Embedding(9, 4), lambda m, x: F.embedding(TOKENS, m.weight, padding_idx=-1), 1),
     "lstm projected": case(lambda: nn.LSTM(5, 4, 2, proj_size=3, bidirectional=True), plain, 4, 3, 5),
     "lstm without bias": case(lambda: nn.LSTM(5, 4, 2, bias=False), plain, 4, 3, 5),
     "lstm given state": case(lambda: nn.LSTM(5, 4, 2, batch_first=True), given_state, 3, 4, 5),

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from altgrad.credit import per_example
 from altgrad.errors import CapabilityError
 from altgrad.forward_mode.custom import following_custom_functions
 from altgrad.forward_mode.dual import CONSTANT, Dual, Trace
@@ -275,7 +276,7 @@ def independent_rows(problem: Problem, weights: dict[str, Tensor], batch: Batch,
         return True
     trace = FirstRow(key.fold("first row"), [0], law="sign", examples=examples, first=0, store=False, guide=None, lead=True, scale=1)
     with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
-        value = problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
+        value = per_example(problem.losses(trace.parameters(weights), batch, problem.fresh_buffers()))
     if not isinstance(value, Dual) or value.shape[0] != examples:
         return True  # the loss has one value a batch, and so has the coefficient
     own, others = value.tangent[:, 0].abs().max(), value.tangent[:, 1:].abs().max()

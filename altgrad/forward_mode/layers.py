@@ -6,6 +6,7 @@ outer product δ xᵀ, with no graph.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from altgrad.forward_mode.ladder import lift
 from altgrad.forward_mode.lazy import Lazy, Outer, multiply
 from altgrad.forward_mode.rules import add, align, mul, rule
 from altgrad.kernels import scratch
+from altgrad.local_gradients import correlation, outer, real, table, tuple_of
 from altgrad.perturb import LowRank
 
 Local = Callable[[Tensor], list[Tensor | None]]
@@ -93,11 +95,7 @@ def linear(trace: Trace, x: Any, weight: Any, bias: Any = None) -> Any:
         spread = align(shift, value.ndim)
         tangent = tangent.add_(spread) if isinstance(tangent, Tensor) else spread.expand(-1, *value.shape).contiguous()
 
-    def local(delta: Tensor) -> list[Tensor | None]:
-        flat = delta.reshape(-1, delta.shape[-1])
-        return [flat.T @ px.reshape(-1, px.shape[-1]).to(flat.dtype), flat.sum(0)]
-
-    return finish(trace, weight, bias, value, tangent, local, channel=-1, drawn=drawn, included=included)
+    return finish(trace, weight, bias, value, tangent, partial(outer, px), channel=-1, drawn=drawn, included=included)
 
 
 def product(x: Dual, weight: Tensor, start: Tensor | Lazy | None) -> Tensor:
@@ -141,10 +139,6 @@ CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 TRANSPOSED = {F.conv_transpose1d: 1, F.conv_transpose2d: 2, F.conv_transpose3d: 3}
 
 
-def tuple_of(value: Any, axes: int) -> list[int]:
-    return [value] * axes if isinstance(value, int) else list(value) * (axes if len(value) == 1 else 1)
-
-
 def fold(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     """`function` over [K, N, ...] with K folded into the batch."""
     return function(stack.flatten(0, 1)).unflatten(0, stack.shape[:2])
@@ -170,7 +164,7 @@ def convolution(func: Any, axes: int) -> Callable[..., Any]:
             moved = moved_kernels(run, x, weight, groups, trace)
             tangent = moved if tangent is None else tangent.add_(moved)
         tangent = add_bias(bias, value, tangent, axes)
-        local = kernel_gradient(x, w, stride, padding, dilation, groups, axes)
+        local = partial(correlation(w, stride, padding, dilation, groups, axes), x)
         return finish(trace, weight, bias, value, tangent, local, channel=1)
 
     RULE = apply_convolution
@@ -196,21 +190,6 @@ def add_bias(bias: Any, value: Tensor, tangent: Tensor | None, axes: int) -> Ten
         return tangent
     moved = bias.tangent.reshape(-1, 1, bias.shape[0], *(1 for _ in range(axes)))
     return moved.expand(-1, *value.shape).contiguous() if tangent is None else tangent + moved
-
-
-def kernel_gradient(
-    x: Tensor, w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False
-) -> Local:
-    """δ -> (∂W, ∂b): the correlation of the layer's input with δ."""
-
-    def local(delta: Tensor) -> list[Tensor | None]:
-        _, grad, bias = torch.ops.aten.convolution_backward(
-            delta, x, w, [delta.shape[1]], tuple_of(stride, axes), tuple_of(padding, axes), tuple_of(dilation, axes),
-            transposed, tuple_of(output_padding, axes), groups, [False, True, True],
-        )  # fmt: skip
-        return [grad, bias]
-
-    return local
 
 
 def pad_same(x: Any, w: Tensor, stride: Any, dilation: Any, axes: int, mode: str) -> Any:
@@ -239,7 +218,7 @@ def transposed_convolution(func: Any, axes: int) -> Callable[..., Any]:
             moved = torch.stack([run(x, m) for m in weight.tangent])
             tangent = moved if tangent is None else tangent + moved
         tangent = add_bias(bias, value, tangent, axes)
-        local = kernel_gradient(x, w, stride, padding, dilation, groups, axes, output_padding=output_padding, transposed=True)
+        local = partial(correlation(w, stride, padding, dilation, groups, axes, output_padding=output_padding, transposed=True), x)
         return finish(trace, weight, bias, value, tangent, local, channel=1)
 
     return apply_transposed
@@ -275,14 +254,8 @@ def embedding(
         else:
             tangent = weight.tangent[:, input]
         if padding_idx is not None:
-            tangent = tangent * (input != padding_idx)[..., None]
-
-    def local(delta: Tensor) -> list[Tensor | None]:
-        if padding_idx is not None:
-            delta = delta * (input != padding_idx)[..., None]
-        return [torch.zeros_like(w).index_add_(0, input.reshape(-1), delta.reshape(-1, w.shape[1]))]
-
-    return finish(trace, weight, None, value, tangent, local, channel=-1)
+            tangent = tangent * real(input, padding_idx, w.shape[0])
+    return finish(trace, weight, None, value, tangent, partial(table, input, shape=w.shape, padding=padding_idx), channel=-1)
 
 
 def affine(trace: Trace, normed: Any, weight: Any, bias: Any, shape: tuple[int, ...], channel: int) -> Any:

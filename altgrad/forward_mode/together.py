@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from altgrad.kernels import noise
-from altgrad.perturb import SMALL, Dense, LowRank
+from altgrad.perturb import SMALL, Dense, LowRank, split
 from altgrad.rng import Key, tensor_id
 
 
@@ -19,8 +19,6 @@ def draw_together(moves: dict[str, Any], key: Key, members: Sequence[int], law: 
         drawn = noise.draw_many(law, key, [request for _, request in group], members, dtype=dtype, device=device)
         for (move, _), values in zip(group, drawn, strict=True):
             if isinstance(move, LowRank):
-                rows = move.shape[0]
-                a = values[:, :rows]
-                move.cache = (a if move.rank == 1 else a * move.rank**-0.5), values[:, rows:]
+                move.cache = split(values, move.shape[0])
             else:
                 move.kept = values

@@ -13,7 +13,7 @@ Source: Sarkar et al. 2025 (EGGROLL), section 4.2 and equation 6.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ __all__ = [
     "factors",
     "lowrank_update",
     "member_linear",
+    "paired_linear",
     "population_linear",
     "unit_noise",
 ]
@@ -67,6 +68,11 @@ def member_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: 
     if _direct(x):
         return plain_member(x, weight, bias, a, b, scale)
     return operators.member_under_vmap(x, weight, bias, a, b, scale)
+
+
+def paired_linear(x: Tensor, weight: Tensor, bias: Tensor | None, pairs: Callable[[], tuple[Tensor, Tensor, float]]) -> Tensor | None:
+    """`member_linear` under one vmap over antithetic pairs whose factors A [D, m, r] and B [D, n, r] lie there once, with their scale; None elsewhere."""
+    return operators.paired_under_vmap(x, weight, bias, pairs)
 
 
 def lowrank_update(coefficients: Tensor, a: Tensor, b: Tensor) -> Tensor:

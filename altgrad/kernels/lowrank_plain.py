@@ -12,6 +12,8 @@ from torch import Tensor
 from altgrad.errors import ShapeError
 from altgrad.kernels import scratch
 
+NEAR = 1 << 17  # numbers that stay in the processors' own caches
+
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, shared: bool, pairs: bool) -> Tensor:
     check(x, weight, bias, a, b, shared, pairs)
@@ -62,17 +64,25 @@ def _own(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
 
 
 def _single(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, groups: int) -> Tensor:
-    """One row a member, rank 1: x b is a dot product each, for which a batched product would pay a call each."""
-    members, outputs = len(flat), weight.shape[0]
-    thin = (flat.view(groups, -1, flat.shape[1]) * b).sum(2).view(members, 1)
-    if scale != 1:
-        thin.mul_(scale)
-    if groups == 2:
-        thin[members // 2 :].neg_()
-        a = torch.cat([a, a])
-    out = scratch.empty((members, outputs), flat.dtype, flat.device)
-    torch.mul(thin, a, out=out) if bias is None else torch.addcmul(bias, thin, a, out=out)
-    return out.addmm_(flat, weight.t())
+    """One row a member, rank 1: x b is a dot product each, for which a batched product would pay a call each.
+
+    Some members at a time, so that what is made and read again stays near the processor: the passes over x, a and b are the cost here.
+    """
+    outputs, count = weight.shape[0], len(a)
+    rows = flat.view(groups, count, -1)
+    starts = None if bias is None else bias.view(groups, count, outputs) if bias.ndim == 2 else bias.expand(groups, 1, outputs)
+    out = scratch.empty((groups, count, outputs), flat.dtype, flat.device)
+    block = max(1, NEAR // max(1, groups * flat.shape[1]))
+    for first in range(0, count, block):
+        part = slice(first, first + block)
+        thin = (rows[:, part] * b[part]).sum(2, keepdim=True)  # [groups, block, 1]
+        for half in range(groups):
+            sign = -scale if half else scale
+            if starts is None:
+                torch.mul(thin[half] if sign == 1 else thin[half] * sign, a[part], out=out[half, part])
+            else:
+                torch.addcmul(starts[half] if starts.shape[1] == 1 else starts[half, part], thin[half], a[part], value=sign, out=out[half, part])
+    return out.view(groups * count, outputs).addmm_(flat, weight.t())
 
 
 def _shared(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, pairs: bool) -> Tensor:

@@ -4,7 +4,7 @@ r"""Perturbations drawn where they are used, by address, in plain PyTorch: memor
     update     Σ_p c_p E_p
     axpy       w += Σ_p c_p noise_p
 
-Every law has mean 0 and variance 1: a uniform number u becomes √12 (u - 1/2).
+Every law has mean 0 and variance 1, as altgrad/perturb.py draws them.
 """
 
 import math
@@ -14,51 +14,15 @@ import torch
 from torch import Tensor
 
 from altgrad.errors import require
-from altgrad.kernels import noise
 from altgrad.kernels.lowrank_plain import columns, plain_update
+from altgrad.perturb import draw as unit_noise
+from altgrad.perturb import factors
 from altgrad.rng import Key
 
+__all__ = ["check_members", "factors", "plain_addressed_update", "plain_axpy_", "unit_noise"]
+
 CHUNK_BYTES = 1 << 25  # noise held at once while an update is summed
-SPREAD = math.sqrt(12.0)  # 1 / the standard deviation of a uniform number on (0, 1)
 COUNTER = 128  # elements a counter serves at most: pieces of whole counters draw nothing twice
-
-
-def unit_noise(
-    law: str,
-    key: Key,
-    *,
-    tensor: int,
-    members: Sequence[int],
-    shape: Sequence[int],
-    start: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-) -> Tensor:
-    """noise.draw with mean 0 and variance 1 for every law -> [P, *shape]."""
-    if law != "uniform":
-        return noise.draw(law, key, tensor, members, shape, start=start, dtype=dtype, device=device)
-    return noise.draw(law, key, tensor, members, shape, start=start, device=device).sub_(0.5).mul_(SPREAD).to(dtype)
-
-
-def factors(
-    law: str,
-    key: Key,
-    *,
-    tensor: int,
-    members: Sequence[int],
-    rank: int,
-    shape: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A/√r [P, m, r] and B [P, n, r] for a tensor of `shape` [m, ...], n being the product of the rest.
-
-    One block of m + n rows is drawn per member (or pair): A's, then B's.
-    """
-    rows, width = shape[0], math.prod(shape[1:])
-    drawn = unit_noise(law, key, tensor=tensor, members=members, shape=(rows + width, rank), dtype=dtype, device=device)
-    a, b = drawn[:, :rows], drawn[:, rows:]
-    return (a if rank == 1 else a * rank**-0.5), b
 
 
 def plain_addressed_update(

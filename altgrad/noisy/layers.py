@@ -6,17 +6,20 @@ Recurrent layers run step by step and attention in its parts, as linear layers. 
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from altgrad.forward_mode.layers import pad_same, tuple_of
-from altgrad.noisy.parameters import Noisy, centre_of, rule, value_of
-from altgrad.noisy.trace import Local, NoisyTrace
+from altgrad.forward_mode.layers import pad_same
+from altgrad.local_gradients import correlation, outer, table
+from altgrad.noisy.parameters import Noisy, rule, value_of
+from altgrad.noisy.trace import NoisyTrace
 from altgrad.population.evaluate import batch_norm as normalised
 from altgrad.population.layers import TAKEN_APART
+from altgrad.stand_ins import centre_of
 
 
 def trace_of(*parameters: Any) -> NoisyTrace | None:
@@ -24,20 +27,15 @@ def trace_of(*parameters: Any) -> NoisyTrace | None:
     return next((part.made_on for part in parameters if isinstance(part, Noisy)), None)
 
 
-def outer(inputs: Tensor, delta: Tensor) -> list[Tensor]:
-    flat = delta.reshape(-1, delta.shape[-1])
-    return [flat.T @ inputs.reshape(-1, inputs.shape[-1]).to(flat.dtype), flat.sum(0)]
-
-
 @rule(F.linear)
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     trace, x = trace_of(weight, bias), value_of(input)
     if trace is None:
         return F.linear(x, weight, bias)
-    return trace.site(weight, bias, x, lambda: F.linear(x, centre_of(weight), centre_of(bias)), outer)
+    return trace.site(weight, bias, x, lambda: F.linear(x, centre_of(weight), centre_of(bias)), outer, units=-1)
 
 
-@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+@rule.products
 def matmul(input: Any, other: Any) -> Any:
     """x W, and W x for matrices."""
     if isinstance(other, Noisy) and other.ndim == 2 and centre_of(input).ndim >= 2:
@@ -45,11 +43,6 @@ def matmul(input: Any, other: Any) -> Any:
     if isinstance(input, Noisy) and input.ndim == 2 and centre_of(other).ndim == 2:
         return linear(other.T, input).T
     return NotImplemented
-
-
-@rule(torch.Tensor.__rmatmul__)
-def matmul_reversed(second: Any, first: Any) -> Any:
-    return matmul(first, second)
 
 
 @rule(torch.addmm, torch.Tensor.addmm)
@@ -60,36 +53,12 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 
 
 @rule(F.embedding)
-def embedding(
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
+def embedding(input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, **rest: Any) -> Any:
+    """norm_type, scale_grad_by_freq and sparse (`rest`) change no output where there is no max_norm."""
     if max_norm is not None:
         return NotImplemented
-    rows = weight.shape[0]
-
-    def local(ids: Tensor, delta: Tensor) -> list[Tensor]:
-        if padding_idx is not None:
-            delta = delta * (ids != padding_idx % rows)[..., None]
-        return [delta.new_zeros(weight.shape).index_add_(0, ids.reshape(-1), delta.reshape(-1, delta.shape[-1]))]
-
+    local = partial(table, shape=weight.shape, padding=padding_idx)
     return weight.made_on.site(weight, None, input, lambda: F.embedding(input, weight.centre), local)
-
-
-def correlation(w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False) -> Local:
-    def local(inputs: Tensor, delta: Tensor) -> list[Tensor]:
-        _, grad, bias = torch.ops.aten.convolution_backward(
-            delta, inputs.to(delta.dtype), w.to(delta.dtype), [delta.shape[1]], tuple_of(stride, axes), tuple_of(padding, axes), tuple_of(dilation, axes),
-            transposed, tuple_of(output_padding, axes), groups, [False, True, True],
-        )  # fmt: skip
-        return [grad, bias]
-
-    return local
 
 
 def convolution(func: Any, axes: int) -> Callable[..., Any]:
@@ -103,7 +72,12 @@ def convolution(func: Any, axes: int) -> Callable[..., Any]:
         if isinstance(padding, str):
             x, padding = pad_same(x, w, stride, dilation, axes, padding), 0
         return trace.site(
-            weight, bias, x, lambda: func(x, w, shift, stride, padding, dilation, groups), correlation(w, stride, padding, dilation, groups, axes)
+            weight,
+            bias,
+            x,
+            lambda: func(x, w, shift, stride, padding, dilation, groups),
+            correlation(w, stride, padding, dilation, groups, axes),
+            units=1,
         )
 
     return run

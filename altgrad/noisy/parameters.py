@@ -1,52 +1,35 @@
 """A parameter whose layer's output is perturbed in its stead; where no layer takes it, it is perturbed itself, and that is counted."""
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from altgrad.errors import CapabilityError
-from altgrad.forward_mode.dual import label, writes_in_place
-from altgrad.population.parameters import tells_form
+from altgrad.forward_mode.dual import label
+from altgrad.stand_ins import Rules, StandIn, on_centres, refuse_writes, tells_form
 
 if TYPE_CHECKING:
     from altgrad.noisy.trace import NoisyTrace
 
-RULES: dict[Any, Callable[..., Any]] = {}  # torch function -> layer rule, which may answer NotImplemented
-KEYWORDS: dict[Callable[..., Any], frozenset[str]] = {}
 View = Callable[[Tensor], Tensor]
+rule = Rules()
 
 
-def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule for torch functions that meet a noisy parameter."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        taken = inspect.signature(function).parameters
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
-            KEYWORDS[function] = frozenset(taken)
-        for target in functions:
-            RULES[target] = function
-        return function
-
-    return register
-
-
-class Noisy(torch.Tensor):
+class Noisy(StandIn):
     """`centre`, a view of the parameter `whole`, on a pass that `made_on` keeps track of."""
 
-    centre: Tensor
     whole: Tensor
     made_on: "NoisyTrace"
-    parameter: str
     through: View | None  # whole -> the shape of centre; None where centre is the whole
+    WORDS = ("noisy", "noise")
+    SHARERS = "the copies of a pass share"
 
     @staticmethod
     def __new__(cls, centre: Tensor, trace: "NoisyTrace", *, parameter: str, whole: Tensor | None = None, view: View | None = None) -> "Noisy":
-        self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
-        self.centre, self.whole, self.made_on, self.parameter, self.through = centre, centre if whole is None else whole, trace, parameter, view
+        self = cls.over(centre, parameter)
+        self.whole, self.made_on, self.through = centre if whole is None else whole, trace, view
         return self
 
     def seen(self, centre: Tensor, view: View | None) -> "Noisy":
@@ -70,35 +53,20 @@ class Noisy(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = RULES.get(func)
-        if found is not None and (not kwargs or kwargs.keys() <= KEYWORDS.get(found, kwargs.keys())):
-            result = found(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = rule.answer(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         name = getattr(func, "__name__", "")
         if name in CASTS and isinstance(args[0], Noisy):
-            return args[0].seen(func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs)), None)
+            return args[0].seen(on_centres(func, args, kwargs), None)
         if (name in VIEWS or (name == "__get__" and label(func) in {"T", "mT"})) and isinstance(args[0], Noisy):
             return viewed(func, args, kwargs)
         if tells_form(func):
-            return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
+            return on_centres(func, args, kwargs)
         if name in {"detach", "requires_grad_", "contiguous"}:
             return args[0]
-        target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
-        for leaf in tree_leaves(target):
-            if isinstance(leaf, Noisy):
-                raise CapabilityError(
-                    f"{name} would change the parameter {leaf.parameter!r} in place during the forward pass, which the copies of a pass share; "
-                    "change it between steps, or out of place."
-                )
+        refuse_writes(func, args, kwargs)
         return func(*tree_map(value_of, args), **tree_map(value_of, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise CapabilityError(f"a noisy parameter reached {func} without passing a torch function; its noise would be lost.")
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Noisy({self.parameter}, shape={tuple(self.centre.shape)})"
 
 
 def viewed(func: Any, args: Any, kwargs: Any) -> Any:
@@ -112,11 +80,6 @@ def viewed(func: Any, args: Any, kwargs: Any) -> Any:
     if isinstance(found, Tensor):
         return own.seen(found, run)
     return tuple(own.seen(part, lambda value, place=place: run(value)[place]) for place, part in enumerate(found))
-
-
-def centre_of(value: Any) -> Any:
-    """The tensor without noise."""
-    return value.centre if isinstance(value, Noisy) else value
 
 
 def value_of(value: Any) -> Any:

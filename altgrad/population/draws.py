@@ -18,6 +18,7 @@ from altgrad.rng import Key
 from altgrad.sigma import low_rank_squares
 
 RECENT = 6  # parameters whose perturbations stay at hand: a recurrent layer reads its four or five at every step
+BLOCK = 1 << 20  # numbers: noise that is drawn at once where each element has a weight of its own
 KEPT = 1 << 22  # numbers: noise of a step with one chunk that is kept, for its update and for another look; above it is drawn again
 
 
@@ -54,6 +55,7 @@ class Chunk(NamedTuple):
     directions: int
     thin: Mapping[str, tuple[Tensor, Tensor]]  # name -> L [P, m, r] (σ and sign in it) and R [P, n, r]
     full: Mapping[str, Tensor]  # name -> θ + σ s E, [P, *shape]
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]] | None = None  # name -> A [D, m, r], B [D, n, r] and σ, where that is what L and R are made of
 
 
 class Draws:
@@ -94,6 +96,7 @@ class Draws:
         self.kept: dict[str, Dense | LowRank] = {}  # of the only chunk
         self.thin_kept: dict[str, Any] = {}  # what that chunk's members are made of; the chunk itself refers to this object, so it is not kept
         self.full_kept: dict[str, Any] = {}
+        self.pairs_kept: dict[str, Any] = {}
 
     @property
     def members(self) -> int:
@@ -145,15 +148,24 @@ class Draws:
             a, b = self.moves(name, first, count).factors()  # type: ignore[union-attr]
             return self.signed(a, name, first), self.twice(b) if self.antithetic else b
 
+        def paired(name: str) -> tuple[Tensor, Tensor, float]:
+            return *self.moves(name, first, count).factors(), self.scale(name)  # type: ignore[union-attr, return-value]
+
         def written_out(name: str) -> Tensor:
             return self.signed(self.moves(name, first, count).dense(), name, first).add_(self.params[name])
 
         names = [name for name in self.params if name in self.thin]
         rest = [name for name in self.params if name not in self.thin]
         kept = self.keeps and count == self.count
-        thin, full = (self.thin_kept, self.full_kept) if kept else ({}, {})
+        thin, full, pairs = (self.thin_kept, self.full_kept, self.pairs_kept) if kept else ({}, {}, {})
         most = [len(self.params) if kept and all(self.params[name].ndim < 2 or name in self.thin for name in own) else RECENT for own in (names, rest)]
-        return Chunk(first, count, Supply(names, factors, most=most[0], recent=thin), Supply(rest, written_out, most=most[1], recent=full))
+        return Chunk(
+            first,
+            count,
+            Supply(names, factors, most=most[0], recent=thin),
+            Supply(rest, written_out, most=most[1], recent=full),
+            Supply(names, paired, most=most[0], recent=pairs) if self.antithetic and self.silent is None and isinstance(self.sigma, float) else None,
+        )
 
     def squares(self, name: str) -> Tensor:
         """The mean squared entry of each direction's E, [D] in float64."""
@@ -163,14 +175,19 @@ class Draws:
             found.append(low_rank_squares(*moves.factors()) if isinstance(moves, LowRank) else moves.dense().double().square().flatten(1).mean(1))
         return torch.cat(found)
 
+    def along(self, weights: Tensor) -> Tensor:
+        """What each direction counts for, [D, …], of what each member does, [P, …]."""
+        along = weights[: self.count] - weights[self.count :] if self.antithetic else weights
+        if self.silent is not None:
+            along = along.masked_fill(self.silent.to(along.device).reshape(-1, *(1 for _ in along.shape[1:])), 0.0)
+        return along
+
     def combine(self, name: str, weights: Tensor) -> Tensor:
         """Σ_p w_p s_p E_p of one parameter; weights [P] laid out as the members are.
 
         Directions are drawn again chunk by chunk, so that the sum needs one chunk's memory.
         """
-        along = weights[: self.count] - weights[self.count :] if self.antithetic else weights
-        if self.silent is not None:
-            along = along.masked_fill(self.silent.to(along.device), 0.0)
+        along = self.along(weights)
         total: Tensor | None = None
         for first, count in self.chunks():
             part = self.moves(name, first, count).combine(along[first : first + count])
@@ -178,3 +195,19 @@ class Draws:
             total = wide if total is None else total.add_(wide)
         assert total is not None
         return total.to(self.params[name].dtype)
+
+    def combine_groups(self, name: str, weights: Tensor, index: Tensor) -> Tensor:
+        """Σ_p w_pg(i) s_p E_pi of a parameter with dense noise whose elements have weights by group: weights [P, G], index [*shape] in [0, G)."""
+        value = self.params[name]
+        size, dtype = max(1, value.numel()), torch.promote_types(value.dtype, torch.float32)
+        along, places = self.along(weights).to(dtype), index.to(weights.device).reshape(-1)
+        total = torch.zeros(value.numel(), dtype=dtype, device=value.device)
+        for first, count in self.chunks():
+            block = max(1, BLOCK // size)
+            for start in range(first, first + count, block):  # some directions at a time, so that noise and weights of one block are in memory
+                some = min(block, first + count - start)
+                whole = self.moves(name, first, count) if some == count else None
+                moves = whole or directions(self.key, name, value, range(start, start + some), law=self.law, rank=self.rank)
+                drawn = moves.dense().to(dtype).reshape(some, -1)
+                total += torch.einsum("ki,ki->i", along[start : start + some][:, places], drawn)
+        return total.reshape(value.shape).to(value.dtype)

@@ -139,8 +139,11 @@ def members_of(draws: Draws, part: Chunk, call: Function, notes: Notes, *, extra
         def value(name: str) -> Tensor:
             return _add_batch_dim(part.full[name], 0, level)
 
+        pairs = part.pairs
         values: Tree = {
-            name: Perturbed(mean, partial(factors, name), parameter=name, written_out=notes.written_out)
+            name: Perturbed(
+                mean, partial(factors, name), parameter=name, written_out=notes.written_out, pairs=None if pairs is None else partial(pairs.__getitem__, name)
+            )
             if name in part.thin
             else Shifted(mean, partial(value, name), parameter=name)
             for name, mean in means.items()

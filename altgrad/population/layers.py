@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.forward_mode import attention, recurrent
 from altgrad.kernels import lowrank
-from altgrad.population.parameters import Perturbed, centre_of, plain, rule
+from altgrad.population.parameters import Perturbed, plain, rule
+from altgrad.stand_ins import centre_of
 
 
 def shifted(value: Tensor, bias: Any, axes: int = 0) -> Tensor:
@@ -34,17 +35,21 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 @rule(F.linear)
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    x = plain(input)
+    x, bias = plain(input), plain(bias)
     if not isinstance(weight, Perturbed):
-        return F.linear(x, weight, plain(bias))
-    centre, left, right, bias = weight.centre, weight.left, weight.right, plain(bias)
+        return F.linear(x, weight, bias)
     dtype = autocast_dtype(x.device)
+    if dtype is None and weight.pairs is not None:
+        found = lowrank.paired_linear(x, weight.centre, bias, weight.pairs)
+        if found is not None:
+            return found
+    centre, left, right = weight.centre, weight.left, weight.right
     if dtype is not None:
         x, centre, left, right, bias = (None if part is None else part.to(dtype) for part in (x, centre, left, right, bias))  # type: ignore[assignment]
     return lowrank.member_linear(x, centre, bias, left, right)
 
 
-@rule(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
+@rule.products
 def matmul(input: Any, other: Any) -> Any:
     """x W + (x L) Rᵀ and W x + L (Rᵀ x), for matrices."""
     first, second = input, other
@@ -58,11 +63,6 @@ def matmul(input: Any, other: Any) -> Any:
     return NotImplemented
 
 
-@rule(torch.Tensor.__rmatmul__)
-def matmul_reversed(second: Any, first: Any) -> Any:
-    return matmul(first, second)
-
-
 @rule(torch.addmm, torch.Tensor.addmm)
 def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1) -> Any:
     """β b + α x (W + L Rᵀ): the form of GPT-2's layers."""
@@ -74,15 +74,8 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: float = 1, alpha: float = 1
 
 
 @rule(F.embedding)
-def embedding(
-    input: Tensor,
-    weight: Any,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
+def embedding(input: Tensor, weight: Any, padding_idx: int | None = None, max_norm: float | None = None, **rest: Any) -> Any:
+    """norm_type, scale_grad_by_freq and sparse (`rest`) change no output where there is no max_norm."""
     if max_norm is not None or not isinstance(weight, Perturbed):
         return NotImplemented
     return F.embedding(input, weight.centre) + torch.matmul(weight.left[input], weight.right.mT)

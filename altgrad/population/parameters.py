@@ -6,52 +6,40 @@ product that all members share and two thin ones. What has no rule gets W + L R�
 Source: Sarkar et al., "Evolution strategies at the hyperscale" (EGGROLL), section 4.2.
 """
 
-import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from altgrad.errors import CapabilityError
-from altgrad.forward_mode.dual import label, writes_in_place
+from altgrad.forward_mode.dual import label
+from altgrad.stand_ins import Rules, StandIn, centre_of, on_centres, refuse_writes, tells_form
 
-RULES: dict[Any, Callable[..., Any]] = {}  # torch function -> rule(*args, **kwargs), which may answer NotImplemented
-KEYWORDS: dict[Callable[..., Any], frozenset[str]] = {}  # rule -> the names it takes, where not all: a call with others has no rule
-
-
-def rule(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule for torch functions that meet a perturbed parameter."""
-
-    def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        taken = inspect.signature(function).parameters
-        if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
-            KEYWORDS[function] = frozenset(taken)
-        for target in functions:
-            RULES[target] = function
-        return function
-
-    return register
+rule = Rules()
+Pairs = Callable[[], tuple[Tensor, Tensor, float]]  # A [D, m, r], B [D, n, r] and σ: what L and R of 2 D members in antithetic pairs are made of
 
 
 class ChangedInPlace(CapabilityError):
     """A forward pass writes to a parameter: no way of evaluating a population allows it."""
 
 
-class Perturbed(torch.Tensor):
+class Perturbed(StandIn):
     """`centre` + (left · rightᵀ) in the shape of `centre`; a tensor of more than two axes is taken as the matrix [shape[0], rest]."""
 
-    centre: Tensor  # [m, *rest]
-    supply: Callable[[], tuple[Tensor, Tensor]]  # left [m, r] and right [n, r], n = the product of rest
+    supply: Callable[[], tuple[Tensor, Tensor]]  # left [m, r] and right [n, r] of a centre [m, *rest], n = the product of rest
     written_out: Counter[str]  # "parameter: function" -> calls that had no rule
-    parameter: str
+    pairs: Pairs | None  # for layers that take L and R of all members as they lie there
+    REFUSAL = ChangedInPlace
 
     @staticmethod
-    def __new__(cls, centre: Tensor, supply: Callable[[], tuple[Tensor, Tensor]], *, parameter: str, written_out: Counter[str]) -> "Perturbed":
-        self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
-        self.centre, self.supply, self.parameter, self.written_out = centre, supply, parameter, written_out
+    def __new__(
+        cls, centre: Tensor, supply: Callable[[], tuple[Tensor, Tensor]], *, parameter: str, written_out: Counter[str], pairs: Pairs | None = None
+    ) -> "Perturbed":
+        self = cls.over(centre, parameter)
+        self.supply, self.written_out, self.pairs = supply, written_out, pairs
         return self
 
     @property
@@ -76,81 +64,44 @@ class Perturbed(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        found = RULES.get(func)
-        if found is not None and (not kwargs or kwargs.keys() <= KEYWORDS.get(found, kwargs.keys())):
-            result = found(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        result = rule.answer(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
         name = getattr(func, "__name__", "")
         if name == "__get__" and label(func) in {"T", "mT"}:
             return transpose(args[0])
         if tells_form(func):
-            return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
+            return on_centres(func, args, kwargs)
         if name == "detach":
             return args[0]
         refuse_writes(func, args, kwargs)
         return func(*tree_map(written_out_for(func), args), **tree_map(written_out_for(func), kwargs))
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise CapabilityError(f"a perturbed parameter reached {func} without passing a torch function; its perturbation would be lost.")
-
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Perturbed({self.parameter}, shape={tuple(self.centre.shape)}, rank={self.left.shape[-1]})"
 
 
-class Shifted(torch.Tensor):
+class Shifted(StandIn):
     """A parameter with dense noise: a vector, or a matrix that has no rank; its value is made when a function asks for it."""
 
-    centre: Tensor
     supply: Callable[[], Tensor]  # the value, in the shape of `centre`
-    parameter: str
+    REFUSAL = ChangedInPlace
 
     @staticmethod
     def __new__(cls, centre: Tensor, supply: Callable[[], Tensor], *, parameter: str) -> "Shifted":
-        self = torch.Tensor._make_wrapper_subclass(cls, centre.shape, strides=centre.stride(), dtype=centre.dtype, device=centre.device)
-        self.centre, self.supply, self.parameter = centre, supply, parameter
+        self = cls.over(centre, parameter)
+        self.supply = supply
         return self
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if tells_form(func):
-            return func(*tree_map(centre_of, args), **tree_map(centre_of, kwargs))
+            return on_centres(func, args, kwargs)
         if getattr(func, "__name__", "") == "detach":
             return args[0]
         refuse_writes(func, args, kwargs)
         return func(*tree_map(value_of, args), **tree_map(value_of, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise CapabilityError(f"a perturbed parameter reached {func} without passing a torch function; its perturbation would be lost.")
-
-    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"Shifted({self.parameter}, shape={tuple(self.centre.shape)})"
-
-
-def tells_form(func: Any) -> bool:
-    """Whether a function tells of a tensor's shape, dtype and the like, and nothing of its values."""
-    name = getattr(func, "__name__", "")
-    return name in SHAPES or (name == "__get__" and label(func) in ATTRIBUTES)
-
-
-def refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """Raise ChangedInPlace where `func` would write to a parameter."""
-    name = getattr(func, "__name__", "")
-    target = kwargs.get("out", args[0] if args and (writes_in_place(name) or kwargs.get("inplace")) else None)
-    for leaf in tree_leaves(target):
-        if isinstance(leaf, (Perturbed, Shifted)):
-            raise ChangedInPlace(
-                f"{name} would change the parameter {leaf.parameter!r} in place during the forward pass, which a population of models cannot share; "
-                "change it between steps, or out of place."
-            )
-
-
-def centre_of(value: Any) -> Any:
-    """The unperturbed tensor."""
-    return value.centre if isinstance(value, (Perturbed, Shifted)) else value
 
 
 def value_of(value: Any) -> Any:
@@ -237,13 +188,4 @@ def casting(func: Any) -> Callable[..., Any]:
 
 
 for method in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.type_as):
-    RULES[method] = casting(method)
-
-SHAPES = frozenset(
-    "size dim ndimension numel nelement stride storage_offset element_size is_floating_point is_complex is_contiguous get_device __len__ is_signed "
-    "new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like result_type __hash__ is_cuda".split()
-)
-ATTRIBUTES = frozenset(
-    "shape dtype device ndim requires_grad is_cuda is_leaf layout is_sparse is_quantized is_meta is_mkldnn is_cpu names itemsize nbytes grad_fn grad "
-    "is_nested is_mps".split()
-)
+    rule(method)(casting(method))
