@@ -84,14 +84,14 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(args):  # what the operation was given was there before it
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # a sparse tensor's parts have been met as tensors of their own
                 self.note_before(leaf)
         for handle in [handle for handle, (reference, *_) in self.alive.items() if reference.expired()]:
             _, size, serial = self.alive.pop(handle)
             self.meter.live -= size
             self.meter.events.append((serial, -size))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
                 self.count(leaf)
         self.meter.peak = max(self.meter.peak, self.meter.live)
         return result

@@ -1,13 +1,14 @@
 """What is trained: a model, a loss and data, seen through views. Implement a view and the problem provides the need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from altgrad.engine import Needs, Tree
+from altgrad.credit import Influence
+from altgrad.engine import Engine, Needs, Tree
 from altgrad.world import World
 
 
@@ -17,6 +18,7 @@ class Batch(NamedTuple):
     inputs: Any
     targets: Any
     first: int = 0  # global index of the first example in the step's batch, so that ranks address different noise
+    numbers: Tensor | None = None  # [N] which of the problem's training examples these are; None where that is unknown, or inputs are augmented at random
 
 
 class Problem:
@@ -27,6 +29,7 @@ class Problem:
     discrete = False  # DISCRETE
     steps_per_epoch: int | None = None
     horizon: int | None = None  # UNROLL: truncations of an episode
+    progress: float | None = None  # the share of the run that is done, in [0, 1]; set where a run's length is known (altgrad train, compare)
 
     def params(self) -> Tree:
         """The trainable tensors by dotted name (detached or not: engines detach)."""
@@ -55,6 +58,13 @@ class Problem:
             ShapeError, DataError, NumericsError: the model, the loss or the data do not fit together; says which and how.
         """
 
+    def check_engine(self, engine: Engine) -> None:
+        """Refuse, before step 0, settings of an engine under which what the problem says of itself would not hold.
+
+        Raises:
+            SettingError: which setting, and what it must be.
+        """
+
     def batch_size_of(self, batch: Batch) -> int:
         """The number of examples in `batch`."""
         return first_tensor(batch.inputs).shape[0]
@@ -67,8 +77,17 @@ class Problem:
         raise NotImplementedError
 
     def losses(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
-        """The loss of every example [N]; or [1], the loss of the whole batch, where examples cannot be told apart."""
+        """The loss of every example [N]; [N, P] where it is the mean of P local ones (see `influence`); or [1], the loss of the whole batch, where
+        examples cannot be told apart.
+        """
         raise NotImplementedError
+
+    def influence(self, params: Tree, batch: Batch) -> Mapping[str, Influence]:
+        """Which elements of a parameter touch which of the losses [N, P], by parameter name; names left out touch all of them.
+
+        Asked once a step, on the unperturbed parameters. What a map leaves out must not change with the group's elements.
+        """
+        return {}
 
     def loss(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
         """The mean loss of the batch, a scalar."""
@@ -86,9 +105,13 @@ class Problem:
         """The losses [N] of outputs against targets, for rules that put heads of their own on a model."""
         raise NotImplementedError
 
-    def blocks(self) -> list[Any]:
-        """The model as (name, parameter names, apply) in order."""
+    def blocks(self, cut: str = "") -> list[Any]:
+        """The model as altgrad.blocks.Block, in order, in its present mode; `cut` names the modules at which blocks start, "" for a cut at every layer."""
         raise NotImplementedError
+
+    def example(self) -> Any:
+        """Inputs of a few examples, to measure shapes on before there is a batch."""
+        return self.batch(0, World()).inputs
 
     def energy(self, params: Tree, s: Any, x: Any) -> Tensor:
         """The energy of every example [N] in state s."""
@@ -115,11 +138,15 @@ class Problem:
         return None
 
     def with_label(self, x: Any, y: Tensor) -> Any:
-        """`x` with the label `y` written into it."""
+        """`x` with labels put in: y int64 [N], or marks [N, classes], 1/classes each where an example has none."""
         raise NotImplementedError
 
     def evaluate(self, predict: Any, *, split: str = "test") -> dict[str, float]:
         """Held-out figures of `predict(inputs) -> outputs`, for instance {"accuracy": 0.97, "loss": 0.1}."""
+        return {}
+
+    def pictures(self, params: Tree) -> Mapping[str, Tensor]:
+        """What there is to look at, by name: [height, width, 3] with colours in [0, 1]. Runs write them at the start and at every evaluation."""
         return {}
 
     @property

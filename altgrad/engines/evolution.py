@@ -3,6 +3,7 @@ r"""Evolution strategies: the gradient of a smoothed loss from the losses of per
     members       θ_p = θ + σ s_p E_p,  antithetic pairs s = ±1 share E;   E = A Bᵀ/√r (rank r) or dense, unit variance elementwise
     losses        f_p = f(θ_p), all members in one pass that shares every dense product (altgrad/population)
     estimate      ĝ = (1/σ) Σ_p w_p s_p E_p,   w = shaping(f); shaping="raw" gives the gradient of E f(θ + σE), unscaled
+    credit        where the problem says which elements touch which local losses, w is an element's own (altgrad.population.credited)
 
 Presets of one rule: `es` (dense noise), `eggroll` (rank 1), `spsa` (one pair, dense: MeZO's estimate).
 """
@@ -19,12 +20,14 @@ from torch import Tensor
 from altgrad import metrics as meters
 from altgrad import shaping as shapings
 from altgrad import sigma as sigmas
+from altgrad.credit import Influence
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
-from altgrad.errors import SettingError, near_miss, require
+from altgrad.errors import CapabilityError, SettingError, near_miss, require
 from altgrad.kernels import scratch
 from altgrad.perturb import KURTOSIS
 from altgrad.population import Draws, Notes, truncated
-from altgrad.population.fitness import Evaluation, check_memory, shared_among, told
+from altgrad.population.credited import Credit
+from altgrad.population.fitness import Evaluation, check_memory, shared_among, told, wide
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
@@ -152,17 +155,21 @@ class Evolution(Engine):
 
     def estimate(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key, world: World) -> Estimate:
         scratch.turn()  # buffers of steps before the last one
+        influence = self.influence(problem, params, batch)
         if self.truncation != "none":
             return truncated.estimate(self, problem, params, state, batch, key, world)
         index = shapings.group_index(self.population, self.groups, pairs=self.antithetic) if self.groups > 1 else None
         quiet = shapings.silent(self.shaping, self.population, index if self.grouped else None)[: self.directions] if self.shaping == "baseline-pair" else None
         draws, notes = self.draws(params, state, key, silent=quiet), Notes()
-        evaluation = Evaluation(problem, draws, batch, key, notes, groups=self.groups, index=index)
+        credit = Credit(influence, draws, shaping=self.shaping) if influence else None
+        evaluation = Evaluation(problem, draws, batch, key, notes, groups=self.groups, index=index, credit=credit)
         problem.recall(("population memory", self, problem.batch_size_of(batch)), lambda: self.fit_memory(problem, params, state, batch, key))
-        fitness = shared_among(evaluation.run(world.share(self.directions)), draws, world)
-        clean, buffers = self.clean(problem, draws, batch, key)
+        rows = shared_among(evaluation.run(world.share(self.directions)), draws, world)
+        level, buffers = self.clean(problem, draws, batch, key, credit)
+        fitness, clean = (rows, level) if credit is None else (rows[:, 0], None if level is None else level[0])
         weights = shapings.shape(self.shaping, fitness, pairs=self.antithetic, clean=clean, groups=index if self.grouped else None, maximize=self.maximize)
-        self.warn_if_equal(problem, fitness, weights, key)
+        own = {} if credit is None else credit.shaped(rows, pairs=self.antithetic, clean=level, maximize=self.maximize)
+        self.warn_if_equal(problem, fitness, torch.stack([found.any() for found in (weights, *own.values())]) if own else weights, key)
         mean, deviation, odd = told(fitness, quiet)
         loss = clean if clean is not None else mean
         passes = self.population / self.groups + (clean is not None)
@@ -174,15 +181,33 @@ class Evolution(Engine):
             "members_not_finite": odd,
             **{name: torch.tensor(count) for name, count in notes.metrics().items()},
         }
-        return Estimate(loss.detach(), Moves(draws, weights), self.next_state(draws, state, weights), metrics, buffers)
+        moves = Moves(draws, weights, own, influence)
+        return Estimate(loss.detach(), moves, self.next_state(draws, state, weights), metrics, buffers)
 
-    def clean(self, problem: Problem, draws: Draws, batch: Batch, key: Key) -> tuple[Tensor | None, Tree]:
-        """The unperturbed loss and the buffers it leaves, where the shaping or the buffers need that pass."""
+    def influence(self, problem: Problem, params: Tree, batch: Batch) -> Mapping[str, Influence]:
+        """The problem's influence maps, where these settings have a use for them.
+
+        Raises:
+            SettingError, CapabilityError: they have none.
+        """
+        with torch.no_grad():
+            found = problem.influence({name: value.detach() for name, value in params.items()}, batch)
+        if found:
+            require(self.groups == 1, "groups", self.groups, "1 where the problem has influence maps, which are of the whole batch")
+            require(self.adapt == "none", "adapt", self.adapt, "'none' where the problem has influence maps: sigma adapts to one loss a member")
+            if self.truncation != "none":
+                raise CapabilityError(f"truncation={self.truncation!r} has no use for influence maps, which are of losses(…); set truncation='none'.")
+        return found
+
+    def clean(self, problem: Problem, draws: Draws, batch: Batch, key: Key, credit: Credit | None = None) -> tuple[Tensor | None, Tree]:
+        """The unperturbed loss (with credit: its row) and the buffers it leaves, where the shaping or the buffers need that pass."""
         buffers = problem.fresh_buffers()
         if self.antithetic and not buffers:
             return None, {}
         with torch.no_grad(), AddressedSamplers(key.fold("samplers"), first=batch.first, examples=problem.batch_size_of(batch)):
-            return problem.objective(draws.params, batch, buffers), buffers
+            if credit is None:
+                return problem.objective(draws.params, batch, buffers), buffers
+            return credit.rows(wide(problem.losses(draws.params, batch, buffers))[None])[0], buffers
 
     def next_state(self, draws: Draws, state: Tree, weights: Tensor) -> Tree:
         if self.adapt == "none":
@@ -227,8 +252,10 @@ class Evolution(Engine):
         def measure() -> int:
             probe = Draws(draws.key, draws.params, 1, sigma=draws.sigma, rank=self.rank, law=self.noise, antithetic=self.antithetic)
             index = torch.zeros(2 if self.antithetic else 1, dtype=torch.int64) if self.groups > 1 else None
+            influence = self.influence(problem, params, batch)
+            credit = Credit(influence, probe, shaping=self.shaping) if influence else None
             with meters.live_bytes(exclude=draws.params.values()) as meter:
-                Evaluation(problem, probe, batch, key, Notes(), groups=self.groups, index=index).run(range(1))
+                Evaluation(problem, probe, batch, key, Notes(), groups=self.groups, index=index, credit=credit).run(range(1))
             return meter.peak
 
         check_memory(measure, draws, setting=self.chunk)
@@ -236,15 +263,23 @@ class Evolution(Engine):
 
 
 class Moves(Mapping[str, Tensor]):
-    """ĝ = (1/σ) Σ_p w_p s_p E_p, one tensor at a time as it is asked for."""
+    """ĝ = (1/σ) Σ_p w_p s_p E_p, one tensor at a time as it is asked for.
 
-    def __init__(self, draws: Draws, weights: Tensor):
-        self.draws, self.weights = draws, weights
+    Args:
+        weights: w [P].
+        own: the weights [P, groups] of parameters with influence maps, and those maps.
+    """
+
+    def __init__(self, draws: Draws, weights: Tensor, own: Tree | None = None, influence: Mapping[str, Influence] | None = None):
+        self.draws, self.weights, self.own, self.influence = draws, weights, own or {}, influence or {}
 
     def __getitem__(self, name: str) -> Tensor:
         value = self.draws.params[name]
-        weights, sigma = self.weights.to(value.device), self.draws.scale(name)
-        return self.draws.combine(name, weights / (sigma.to(weights) if isinstance(sigma, Tensor) else sigma)).to(value.dtype)  # σ in the short factor
+        weights, sigma = self.own.get(name, self.weights).to(value.device), self.draws.scale(name)
+        weights = weights / (sigma.to(weights) if isinstance(sigma, Tensor) else sigma)  # σ in the short factor
+        if weights.ndim == 2 and weights.shape[1] > 1:
+            return self.draws.combine_groups(name, weights, self.influence[name].index).to(value.dtype)
+        return self.draws.combine(name, weights if weights.ndim == 1 else weights[:, 0]).to(value.dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.draws.params)

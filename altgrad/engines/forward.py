@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad.credit import per_example
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import CapabilityError, SettingError, require
 from altgrad.forward_mode import Dual, Trace, following_custom_functions, primal_of
@@ -234,7 +235,7 @@ class Forward(Engine):
             trace.rows_are_examples = independent
             fresh = problem.fresh_buffers()
             with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
-                value = problem.losses(trace.parameters(weights), batch, fresh)
+                value = per_example(problem.losses(trace.parameters(weights), batch, fresh))
             if loss is None:
                 loss, buffers = primal_of(value).detach().mean(), fresh
             trace.settle(value.tangent if isinstance(value, Dual) else value.new_zeros(trace.members, *value.shape))
@@ -242,7 +243,7 @@ class Forward(Engine):
             if self.memory == "replay":
                 trace.begin_replay()
                 with AddressedSamplers(key.fold("samplers"), first=batch.first, examples=examples), following_custom_functions():
-                    problem.losses(trace.parameters(weights), batch, problem.fresh_buffers())
+                    per_example(problem.losses(trace.parameters(weights), batch, problem.fresh_buffers()))
             trace.gradients()
             if guide is not None:
                 grads.update({name: grad.to(heads[name].dtype) for name, grad in guide.grads.items()})

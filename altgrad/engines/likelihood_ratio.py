@@ -6,7 +6,7 @@ For every parametric layer l, with its output made y_l + σ ε_l, ε ~ N(0, I):
 
 per example, over several copies of the noise. It is unbiased for the loss smoothed by the noise, whatever follows the layer: activations, losses
 and programs need no derivative. With the clean loss as the baseline it is a finite difference in activation space, and its variance that of the
-activation forward gradient.
+activation forward gradient. Where losses are local (altgrad.credit), a layer's coefficient sums those that it touches.
 """
 
 import math
@@ -23,6 +23,7 @@ from altgrad.errors import SettingError, near_miss, require
 from altgrad.kernels import scratch
 from altgrad.noisy import baselines
 from altgrad.noisy.copies import Copies
+from altgrad.noisy.credited import Credit
 from altgrad.noisy.draws import Draws
 from altgrad.noisy.passes import clean
 from altgrad.noisy.probe import Facts, Look, examine, look
@@ -139,7 +140,8 @@ class LikelihoodRatio(Engine):
         chosen, examples = self.chosen(params), problem.batch_size_of(batch)
         facts = self.facts(problem, params, chosen, batch, key, examples)
         buffers = problem.fresh_buffers()
-        unperturbed = clean(problem, params, batch, key, buffers) if self.baseline == "clean" or buffers else None
+        credit = self.credit(problem, params, batch)
+        unperturbed = clean(problem, params, batch, key, buffers, local=credit is not None) if self.baseline == "clean" or buffers else None
         names = list(params)
 
         def sigma(name: str) -> float | Tensor:
@@ -159,6 +161,7 @@ class LikelihoodRatio(Engine):
             self.memory == "store",
             self.sigma_rate > 0,
             Sums({name: value.dtype for name, value in params.items()}),
+            credit,
         )
         if self.layerwise:
             self.one_by_one(copies, facts)
@@ -187,6 +190,12 @@ class LikelihoodRatio(Engine):
         if finite:
             problem.facts[address] = facts
         return facts
+
+    def credit(self, problem: Problem, params: Tree, batch: Batch) -> Credit | None:
+        """What each layer touches, where the problem's losses are local."""
+        with torch.no_grad():
+            influence = problem.influence(params, batch)
+        return Credit(influence) if influence else None
 
     def subtracted(self, unperturbed: Tensor | None, state: Tree) -> Tensor | str | None:
         """The baseline: losses [N] or [1], a number, the name of one that needs all losses first, or nothing."""

@@ -16,9 +16,9 @@ DECAY = 0.9  # of the running mean: ten steps or so
 
 
 def coefficients(losses: Tensor, count: int, baseline: Tensor | None) -> Tensor:
-    """(L - b) / (K N) of some copies' losses [copies, N]; K = `count` copies in all."""
+    """(L - b) / (K N) of some copies' losses [copies, N], (ℓ - b) / (K N P) of local ones [copies, N, P]; K = `count` copies in all."""
     centred = losses if baseline is None else losses - baseline
-    return centred / (count * losses.shape[1])
+    return centred / (count * losses[0].numel())
 
 
 def leave_one_out(losses: Tensor, *, pairs: bool) -> Tensor:

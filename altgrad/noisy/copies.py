@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from altgrad.credit import check
 from altgrad.noisy import baselines
+from altgrad.noisy.credited import Credit
 from altgrad.noisy.draws import Draws
 from altgrad.noisy.passes import losses_of, passing, together
 from altgrad.noisy.probe import Facts
@@ -40,6 +42,7 @@ class Copies:
         baseline: "loo", or the number or losses to subtract, or None.
         store: keep records; otherwise replay.
         scored: measure the scores of σ.
+        credit: where losses are local, which of them each layer touches.
     """
 
     problem: Problem
@@ -55,6 +58,7 @@ class Copies:
     store: bool
     scored: bool
     sums: Sums
+    credit: Credit | None = None
 
     def __post_init__(self) -> None:
         self.forwards = 0.0
@@ -125,7 +129,7 @@ class Copies:
             yield (piece, *self.forward(piece, focus, cache))
 
     def forward(self, part: Part, focus: str | None, cache: dict[str, Tensor] | None, coefficients: Tensor | None = None) -> tuple[Tensor, NoisyTrace]:
-        """One pass: the losses [copies, N] of its copies, and its trace."""
+        """One pass: the losses [copies, N] (local ones: [copies, N, P]) of its copies, and its trace."""
         count = part.count(pairs=self.draws.antithetic)
         trace = NoisyTrace(
             self.draws,
@@ -140,19 +144,22 @@ class Copies:
             focus=focus,
             cache=cache,
             scored=self.scored,
+            credit=self.credit,
         )
         values = trace.parameters(self.params, self.chosen)
 
         def losses() -> Tensor:
-            return losses_of(self.problem, values, self.batch, self.problem.fresh_buffers())
+            return losses_of(self.problem, values, self.batch, self.problem.fresh_buffers(), local=self.credit is not None)
 
         with passing(self.key, self.batch, self.draws.examples):
             found = together(count, losses) if count > 1 else losses()[None]
+        if self.credit is not None:
+            check(self.credit.influence, self.params, found[0])
         self.forwards += count * (trace.computed / max(1, self.facts.sites) if focus else 1)
         return found.detach(), trace
 
     def settle(self, part: Part, coefficients: Tensor, trace: NoisyTrace, focus: str | None, cache: dict[str, Tensor] | None) -> None:
-        """Gradients from coefficients [copies, N]."""
+        """Gradients from coefficients, one a loss."""
         if not self.store:
             _, trace = self.forward(part, focus, cache, coefficients)
         trace.collect_all(coefficients)

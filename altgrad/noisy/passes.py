@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from altgrad.credit import per_example
 from altgrad.errors import ShapeError
 from altgrad.noisy import layers
 from altgrad.noisy.parameters import Noisy
@@ -37,18 +38,23 @@ def passing(key: Any, batch: Batch, examples: int) -> Iterator[None]:
         yield
 
 
-def clean(problem: Problem, params: dict[str, Tensor], batch: Batch, key: Any, buffers: dict[str, Tensor]) -> Tensor:
-    """The losses [N] or [1] of the unperturbed model, which writes `buffers`."""
+def clean(problem: Problem, params: dict[str, Tensor], batch: Batch, key: Any, buffers: dict[str, Tensor], *, local: bool = False) -> Tensor:
+    """The losses [N] or [1] (local ones: [N, P]) of the unperturbed model, which writes `buffers`."""
     with torch.no_grad(), AddressedSamplers(key.fold("samplers"), first=batch.first, examples=problem.batch_size_of(batch)):
-        return losses_of(problem, params, batch, buffers).detach()
+        return losses_of(problem, params, batch, buffers, local=local).detach()
 
 
-def losses_of(problem: Problem, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor]) -> Tensor:
-    """problem.losses in float32 or better; the objective as one number where the loss is none of PyTorch's."""
+def losses_of(problem: Problem, params: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor], *, local: bool = False) -> Tensor:
+    """problem.losses in float32 or better, one an example or, where they are to be `local`, [N, P]; the objective as one number where the loss is none of
+    PyTorch's.
+    """
+    if local:
+        value = problem.losses(params, batch, buffers)
+        return value.to(torch.promote_types(value.dtype, torch.float32))
     if not problem.facts.get("objective only", False):
         try:
             value = problem.losses(params, batch, buffers)
-            return value.to(torch.promote_types(value.dtype, torch.float32))
+            return per_example(value.to(torch.promote_types(value.dtype, torch.float32)))
         except ShapeError:
             value = problem.objective(params, batch, buffers)
             problem.facts["objective only"] = True

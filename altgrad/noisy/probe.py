@@ -42,7 +42,7 @@ class Look(NoisyTrace):
         self.outputs: dict[str, Tensor] = {}
         self.loose: list[str] = []
 
-    def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local) -> Tensor:
+    def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local, *, units: int | None = None) -> Tensor:
         value = super().site(weight, bias, inputs, compute, local)
         self.records = []
         return value

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_current_level, maybe_get_bdim
 
 from altgrad.errors import CapabilityError
+from altgrad.noisy.credited import Credit, touched
 from altgrad.noisy.draws import Draws
 from altgrad.noisy.parameters import Noisy
 
@@ -38,6 +39,8 @@ class Record:
     noise: Tensor
     local: Local
     name: str
+    site: str
+    units: int | None  # the axis of the output along which the first axis of the weight lies
 
 
 class Sums:
@@ -64,10 +67,11 @@ class NoisyTrace:
         batched: copies run under one vmap; otherwise there is one copy and no vmap.
         sums: where gradients go.
         store: keep records for `collect_all`.
-        coefficients: [copies, N] or [copies, 1], in a replay.
+        coefficients: [copies, N], [copies, N, P] or [copies, 1], in a replay.
         focus: layer-wise: the one layer that is noisy; "" for the parameters that no layer takes; None for everything.
         cache: layer-wise: clean outputs by site, which stand in for the layers before the noisy one.
         scored: measure the score of σ.
+        credit: where losses are local, which of them each layer touches; coefficients are [copies, N, P] then.
     """
 
     def __init__(
@@ -85,10 +89,11 @@ class NoisyTrace:
         focus: str | None = None,
         cache: dict[str, Tensor] | None = None,
         scored: bool = False,
+        credit: Credit | None = None,
     ):
         self.draws, self.directions, self.half, self.sigma, self.sums = draws, directions, half, sigma, sums
         self.independent, self.batched, self.store, self.coefficients = independent, batched, store, coefficients
-        self.focus, self.cache, self.scored = focus, cache, scored
+        self.focus, self.cache, self.scored, self.credit = focus, cache, scored, credit
         self.calls: Counter[str] = Counter()
         self.records: list[Record] = []
         self.weights: dict[str, Tensor] = {}  # noise of the parameters that no layer takes, [copies, *shape]
@@ -99,7 +104,7 @@ class NoisyTrace:
         """The parameters, those of `chosen` layers noisy."""
         return {name: Noisy(value, self, parameter=name) if name in chosen else value for name, value in params.items()}
 
-    def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local) -> Tensor:
+    def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local, *, units: int | None = None) -> Tensor:
         """The noisy output of a layer."""
         name = next(part.parameter for part in (weight, bias) if isinstance(part, Noisy))
         call = self.calls[name]
@@ -113,7 +118,7 @@ class NoisyTrace:
             self.computed += 1
         if not value.is_floating_point():
             raise CapabilityError(f"layer {name!r} puts out {value.dtype}; noise can be added to floating point outputs only. Leave it out with layers=….")
-        return self.noised(Record(weight, bias, inputs, value, local, name), site, value) if mine else value
+        return self.noised(Record(weight, bias, inputs, value, local, name, site, units), site, value) if mine else value
 
     def noised(self, record: Record, site: str, value: Tensor) -> Tensor:
         """value + σ ε; the record is kept, or turned into gradients at once in a replay."""
@@ -149,36 +154,58 @@ class NoisyTrace:
 
     def collect(self, record: Record, coefficients: Tensor) -> None:
         """δ = c ε / σ, and from δ the gradients of the layer's parameters."""
+        if self.credit is None:
+            self.settle(record, coefficients, (0, 1), last=True)
+            return
+        shares = self.credit.masks(record)
+        for number, (mask, places) in enumerate(shares):
+            self.settle(record, touched(coefficients, mask), places, last=number == len(shares) - 1)
+
+    def settle(self, record: Record, coefficients: Tensor, places: Sequence[int], *, last: bool) -> None:
+        """The gradients of a layer's weight (0) and bias (1), where in `places`, from coefficients [copies, N] or, of each unit, [copies, N, units]."""
         drawn = record.noise if self.batched else record.noise[None]  # [copies, *shape]
         examples = self.draws.examples
         by_example = self.independent and coefficients.shape[1] == examples and drawn.ndim > 1 and drawn.shape[1] == examples
         rows = coefficients if by_example else coefficients.sum(1, keepdim=True)
-        self.sums.by_batch += not by_example
+        self.sums.by_batch += last and not by_example
         sigma = self.sigma(record.name)
-        spread = (*rows.shape, *(1 for _ in range(drawn.ndim - 2))) if drawn.ndim > 1 else rows.shape[:1]
-        rows = rows.reshape(spread)
-        if self.scored:
+        rows = rows.reshape(self.spread(record, rows, drawn))
+        if self.scored and last:
             units = drawn[0, 0].numel() if by_example else drawn[0].numel()
             score = (rows.double() * (drawn.double().square() - 1)).sum() / units
             self.sums.scores[record.name] = self.sums.scores.get(record.name, 0) + score
         scaled = (rows / sigma).to(drawn.dtype)
-        delta = drawn * scaled if self.store else drawn.mul_(scaled)  # in a replay the noise is not asked for again
+        delta = drawn * scaled if self.store or not last else drawn.mul_(scaled)  # in a replay the noise is not asked for again
         inputs, delta = folded(record.inputs, delta, batched=self.batched)
-        for owner, grad in zip((record.weight, record.bias), record.local(inputs, delta), strict=False):
+        grads = record.local(inputs, delta)
+        for place, owner in enumerate((record.weight, record.bias)):
+            grad = grads[place] if place in places and place < len(grads) else None
             if isinstance(owner, Noisy) and grad is not None:
                 self.sums.add(owner.parameter, owner.gradient(grad))
 
+    def spread(self, record: Record, rows: Tensor, drawn: Tensor) -> list[int]:
+        """The shape in which coefficients of copies, examples (and units) meet the noise [copies, *shape]."""
+        if rows.ndim == 2:
+            return [*rows.shape, *(1 for _ in range(drawn.ndim - 2))] if drawn.ndim > 1 else list(rows.shape[:1])
+        assert record.units is not None
+        shape = [rows.shape[0], *(1 for _ in drawn.shape[1:])]
+        if rows.shape[1] > 1:
+            shape[1] = rows.shape[1]
+        shape[record.units if record.units < 0 else record.units + 1] = rows.shape[2]
+        return shape
+
     def collect_all(self, coefficients: Tensor) -> None:
-        """The gradients of all records, and of what no layer takes. `coefficients` [copies, N] or [copies, 1]: (L - b) / (K N)."""
+        """The gradients of all records, and of what no layer takes. `coefficients` [copies, N(, P)] or [copies, 1]: (L - b) / (K N (P))."""
         for record in self.records:
             self.collect(record, coefficients)
         self.records = []
-        total = coefficients.sum(1)
         for name, drawn in self.weights.items():
+            total, index = (coefficients.sum(1), None) if self.credit is None else self.credit.loose(name, coefficients)
             share = (total / self.sigma(name)).to(drawn.dtype)
-            self.sums.add(name, torch.tensordot(share, drawn, 1))
+            self.sums.add(name, torch.tensordot(share, drawn, 1) if index is None else (share[:, index] * drawn).sum(0))
             if self.scored:
-                score = (total.double() @ (drawn.double().square() - 1).flatten(1)).sum() / drawn[0].numel()
+                squares = drawn.double().square() - 1
+                score = (total.double() @ squares.flatten(1) if index is None else total.double()[:, index] * squares).sum() / drawn[0].numel()
                 self.sums.scores[name] = self.sums.scores.get(name, 0) + score
 
 

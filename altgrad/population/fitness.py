@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from altgrad.engine import Tree
 from altgrad.errors import SettingError, require
 from altgrad.kernels.memory import available, human
+from altgrad.population.credited import Credit
 from altgrad.population.draws import Chunk, Draws
 from altgrad.population.evaluate import REFUSALS, Notes, each_member, in_order, members_of, passing, row
 from altgrad.population.parameters import ChangedInPlace
@@ -34,10 +35,23 @@ class Evaluation:
         groups: the batch is cut into so many parts, and the population into as many groups, each seeing its own part.
         index: the group of each member, [P], where there are several.
         notes: what had no rule.
+        credit: where members' losses are local ones, what becomes of them: a row a member in place of a loss.
     """
 
-    def __init__(self, problem: Problem, draws: Draws, batch: Batch, key: Key, notes: Notes, *, groups: int = 1, index: Tensor | None = None):
+    def __init__(
+        self,
+        problem: Problem,
+        draws: Draws,
+        batch: Batch,
+        key: Key,
+        notes: Notes,
+        *,
+        groups: int = 1,
+        index: Tensor | None = None,
+        credit: Credit | None = None,
+    ):
         self.problem, self.draws, self.batch, self.key, self.notes, self.groups, self.index = problem, draws, batch, key, notes, groups, index
+        self.credit, self.fact = credit, "population rung" if credit is None else "population rung of local losses"
         examples = problem.batch_size_of(batch)
         require(examples % groups == 0, "groups", groups, f"a divisor of the batch's {examples} examples")
         self.examples = examples // groups
@@ -56,28 +70,30 @@ class Evaluation:
         return AddressedSamplers(self.key.fold("samplers"), first=self.batch.first, examples=self.examples)
 
     def run(self, within: range) -> Tensor:
-        """The losses of the members of the directions `within`, float32 or better, laid out as members are."""
+        """The losses (with credit: the rows) of the members of the directions `within`, float32 or better, laid out as members are."""
         results = [self.chunk(first, count) for first, count in self.draws.chunks(within)]
         if not results:  # more ranks than directions
-            return torch.zeros(0, device=next(iter(self.draws.params.values())).device)
+            return torch.zeros(0, *([] if self.credit is None else [self.credit.width]), device=next(iter(self.draws.params.values())).device)
         return results[0] if len(results) == 1 else in_order(results, self.draws)
 
     def chunk(self, first: int, count: int) -> Tensor:
         part = self.draws.chunk(first, count)
-        rung = self.problem.recall("population rung", lambda: "vmap")
+        rung = self.problem.recall(self.fact, lambda: "vmap")
         extra = None if self.groups == 1 else self.rows(first, count)
         for name in RUNGS[RUNGS.index(rung) :]:
+            if name == "objective" and self.credit is not None:  # which is one number
+                continue
             try:
                 with passing(self.samplers):
                     losses = getattr(self, f"by_{name}")(part, extra)
                 break
             except REFUSALS as error:
                 if name == RUNGS[-1] or isinstance(error, (torch.OutOfMemoryError, ChangedInPlace)):
-                    self.problem.facts["population rung"] = rung  # that no rung helps says nothing about the next batch
+                    self.problem.facts[self.fact] = rung  # that no rung helps says nothing about the next batch
                     raise
                 self.notes.reason = self.notes.reason or f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                self.problem.facts["population rung"] = RUNGS[RUNGS.index(name) + 1]
-        return losses.detach()
+                self.problem.facts[self.fact] = RUNGS[RUNGS.index(name) + 1]
+        return losses.detach() if self.credit is None else self.credit.rows(losses.detach())
 
     def rows(self, first: int, count: int) -> Any:
         """Each member's own part of the batch, leaves [P, N/groups, …]."""
@@ -90,7 +106,9 @@ class Evaluation:
         return self.batch if own is None else self.batch._replace(inputs=own[0], targets=own[1])
 
     def loss(self, values: Tree, own: Any = None) -> Tensor:
-        """One member's loss, a scalar."""
+        """One member's loss, a scalar; with credit its local losses [N, P]."""
+        if self.credit is not None:
+            return wide(self.problem.losses(values, self.at(own), self.problem.fresh_buffers()))
         return self.problem.objective(values, self.at(own), self.problem.fresh_buffers())
 
     def by_vmap(self, part: Chunk, extra: Any) -> Tensor:
@@ -115,6 +133,11 @@ class Evaluation:
         found = each_member(self.draws, part, self.loss, extra=extra)
         self.notes.member_loops += len(found)
         return torch.stack(found)
+
+
+def wide(losses: Tensor) -> Tensor:
+    """In float32 or better."""
+    return losses.to(torch.promote_types(losses.dtype, torch.float32))
 
 
 def check_memory(measure: Callable[[], int], draws: Draws, *, setting: int | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,10 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from altgrad.blocks import Block, cut_model
+from altgrad.credit import Influence, mapped
+from altgrad.credit import check as check_influence
 from altgrad.engine import Tree
-from altgrad.errors import DataError, NumericsError, ShapeError, require
+from altgrad.errors import CapabilityError, DataError, NumericsError, ShapeError, require
 from altgrad.forward_mode import apply, primal_of
-from altgrad.problem import Batch, Problem, not_finite
+from altgrad.labels import joins_labels, marks_of, with_marks
+from altgrad.problem import Batch, Problem, first_tensor, not_finite
 from altgrad.rng import Key, permutation
 from altgrad.samplers import AddressedSamplers
 from altgrad.world import World
@@ -32,20 +36,37 @@ class Supervised(Problem):
         dataset: train and test tensors (altgrad.data.Dataset), where the problem serves its own batches.
         batch_size: examples a step.
         key: the order of the data.
+        influence: where `loss` returns [N, ...], P local losses an example: which of them a parameter touches, by its name; an altgrad.credit.Influence, or
+            a bool mask, [P] for the whole tensor or [units, P] for the units of its first axis.
 
     Inputs may be a tensor, a tuple (positional arguments) or a dict (keyword arguments, as Hugging Face models take them).
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, *, dataset: Any = None, batch_size: int = 64, key: Key | None = None, name: str = "supervised"):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        dataset: Any = None,
+        batch_size: int = 64,
+        key: Key | None = None,
+        name: str = "supervised",
+        influence: Mapping[str, Influence | Tensor] | None = None,
+    ):
         self.model, self.loss_function, self.dataset, self.batch_size, self.name = model, loss, dataset, batch_size, name
         self.key = key or Key(0)
         self.split_loss: str | None = None  # "mean", "sum" or "none": how a scalar loss relates to the examples' own, found once
         self.orders: dict[int, Any] = {}
+        self.example_inputs: Any = None
+        self.map = {name: mapped(name, own, self.params()) for name, own in (influence or {}).items()}
         if dataset is not None:
             self.steps_per_epoch = max(1, len(dataset.train_inputs) // batch_size)
 
     def params(self) -> Tree:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def influence(self, params: Tree, batch: Batch) -> Mapping[str, Influence]:
+        return self.map
 
     def buffers(self) -> Tree:
         return dict(self.model.named_buffers())
@@ -65,7 +86,37 @@ class Supervised(Problem):
         require(count >= world.size, "batch_size", count, f"at least the number of processes, {world.size}")
         share = world.share(count)
         index = self.orders[epoch][place * count + share.start : place * count + share.stop]
-        return Batch(self.dataset.train_inputs[index], self.dataset.train_targets[index], share.start)
+        return Batch(self.dataset.train_inputs[index], self.dataset.train_targets[index], share.start, index)
+
+    def blocks(self, cut: str = "") -> list[Block]:
+        return self.recall(("blocks", cut, self.model.training), lambda: cut_model(self.model, cut))
+
+    def with_label(self, x: Any, y: Tensor) -> Any:
+        """`x` with marks [N, classes], or labels [N] where the classes are known: over its first numbers, or by the model's LabelInput.
+
+        Raises:
+            CapabilityError: there is no room for them. DataError: labels, but no data that say how many classes there are.
+        """
+        if y.ndim == 1 and self.classes is None:
+            raise DataError("the number of classes is not known without a data set; hand in marks [N, classes].")
+        return with_marks(self.model, x, y if y.ndim > 1 else marks_of(y, self.classes or 0, first_tensor(x)))
+
+    def example(self) -> Any:
+        """Of the data, else `example_inputs`, else the model's own `example_inputs`, else zeros where the model begins with a linear layer."""
+        if self.dataset is not None or type(self).batch is not Supervised.batch:
+            return self.batch(0, World()).inputs
+        found = getattr(self.model, "example_inputs", None) if self.example_inputs is None else self.example_inputs
+        if callable(found) and not isinstance(found, Tensor):
+            found = found()
+        if found is not None:
+            return found
+        layer = next((module for module in self.model.modules() if next(module.parameters(recurse=False), None) is not None), None)
+        if isinstance(layer, nn.Linear) and not joins_labels(self.model):  # which may widen the inputs
+            return layer.weight.new_zeros(2, layer.in_features)
+        raise CapabilityError(
+            f"the shapes inside {type(self.model).__name__} must be known before the first batch: hand in some inputs, Learner(..., example=x[:2]), or "
+            "give the model an attribute `example_inputs`."
+        )
 
     def forward(self, params: Tree, inputs: Any, buffers: Tree) -> Any:
         own = self.params()
@@ -100,6 +151,14 @@ class Supervised(Problem):
             self.check(value, batch)
             if self.split_loss is None:
                 self.split_loss = self.find_split(outputs, given, size)
+            if self.map:
+                local = self.local(outputs, given)
+                check_influence(self.map, self.params(), local)
+                if not torch.isclose(local.mean(), value.mean().to(local.dtype), rtol=1e-4, equal_nan=True):
+                    raise ShapeError(
+                        f"the loss is {float(value.mean()):.6g}, but its local losses average {float(local.mean()):.6g}; with influence maps a loss must be "
+                        "the mean of its local losses: return them themselves."
+                    )
 
     def loss(self, params: Tree, batch: Batch, buffers: Tree) -> Tensor:
         outputs = self.forward(params, batch.inputs, buffers)
@@ -124,7 +183,7 @@ class Supervised(Problem):
             plain = tree_map(primal_of, outputs)
             self.check(self.loss_function(plain, batch.targets), batch)
             self.split_loss = self.find_split(plain, batch.targets, self.batch_size_of(batch))
-        return self.score(outputs, batch.targets)
+        return self.local(outputs, batch.targets) if self.map else self.score(outputs, batch.targets)
 
     def score(self, outputs: Any, targets: Any) -> Tensor:
         """The losses [N] of outputs, or [1] where the loss sees the batch as a whole."""
@@ -138,6 +197,22 @@ class Supervised(Problem):
         lifted = unreduced(self.loss_function) is None
         value = apply(self.loss_of_each, outputs, targets) if lifted else self.loss_of_each(outputs, targets)
         return value * value.shape[0] if self.split_loss == "sum" else value
+
+    def local(self, outputs: Any, targets: Any) -> Tensor:
+        """The local losses [N, P] of outputs, which are widened to float32 first.
+
+        Raises:
+            ShapeError: the loss does not say what each output loses.
+        """
+        known, outputs = unreduced(self.loss_function), tree_map(widened, outputs)
+        value = self.loss_function(outputs, targets) if known is None else known(outputs, targets, reduction="none")
+        require_tensor(value)
+        if value.ndim < 2:
+            raise ShapeError(
+                f"the loss returned shape {tuple(value.shape)}, but there are influence maps of {', '.join(self.map)}; with them it must return local losses "
+                "[N, P], as PyTorch's do with reduction='none'."
+            )
+        return value.flatten(1)
 
     def loss_of_each(self, outputs: Any, targets: Any) -> Tensor:
         """A scalar loss taken example by example: [N]; by `reduction="none"` where PyTorch's own loss is used with its defaults."""
