@@ -9,6 +9,7 @@ from typing import Any
 
 from altgrad.errors import SettingError, UsageError, missing_extra, near_miss
 
+ENGINE, SCHEDULE = "forward", "constant"  # where a problem has no defaults of its own
 KINDS = {"engine": "altgrad.engines", "problem": "altgrad.problems"}
 
 
@@ -75,6 +76,12 @@ def problem(name: str, settings: Mapping[str, Any] | None = None) -> Any:
     if not hasattr(found, "build"):
         raise UsageError(f"problem {name!r} is {kind_of(found)}; it must be a dataclass of settings with build(key). See `altgrad problems`.")
     return build(found, settings or {}, f"problem {name}")
+
+
+def preferred(problem: str) -> dict[str, Any]:
+    """What `problem` is trained with where nobody says otherwise: "engine", its "engine_settings", and the learning rate's "schedule"."""
+    own = getattr(find("problem", problem), "defaults", {})
+    return {"engine": own.get("engine", ENGINE), "engine_settings": dict(own.get("engine_settings", {})), "schedule": own.get("schedule", SCHEDULE)}
 
 
 def kind_of(thing: Any) -> str:

@@ -21,13 +21,14 @@ from altgrad.tables import cells, engine_table, from_csv, from_json, headings, m
 from altgrad.verdict import verdict
 
 INK = {"light": ("#1c1e21", "#d7dade", "#ffffff"), "dark": ("#e4e6ea", "#3d4148", "#17191c")}  # text, grid, background
-# Okabe and Ito's colours, told apart by every kind of eye, lighter on dark; baselines take the ink itself with three kinds of line.
+# Okabe and Ito's colours, told apart by every kind of eye, lighter on dark; baselines take the ink itself with four kinds of line.
 COLOURS = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bd1", "#a6761d"),
     "dark": ("#5bb8f0", "#ff8a3d", "#2fcf9f", "#eb9cc8", "#f2bd42", "#9bb7ff", "#b99df5", "#d2a65a"),
 }
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-FIGURES = {"test_accuracy": "Test accuracy", "test_return": "Test return", "test_loss": "Test loss"}  # what is shown, the first that there is
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
+# what is shown, the first that there is
+FIGURES = {"test_accuracy": "Test accuracy", "test_return": "Test return", "test_psnr": "PSNR in decibels", "test_loss": "Test loss"}
 
 
 def write(comparison: Comparison, folder: str | Path) -> list[Path]:
@@ -91,7 +92,7 @@ def looks(rows: Sequence[Row], theme: str) -> list[dict[str, Any]]:
     found, plain, coloured = [], 0, 0
     for row in rows:
         if row.baseline:
-            found.append({"color": INK[theme][0], "linestyle": DASHES[plain % 3], "linewidth": 1.4, "zorder": 2.5})
+            found.append({"color": INK[theme][0], "linestyle": DASHES[plain % len(DASHES)], "linewidth": 1.4, "zorder": 2.5})
             plain += 1
         else:
             again, number = divmod(coloured, len(COLOURS[theme]))

@@ -3,6 +3,7 @@
 config.json     the resolved settings        env.json      versions (no paths)
 metrics.jsonl   one JSON object a row        result.json   written when the run is done
 checkpoints/    see checkpoint.py            plot.png      see report.py
+pictures/       see pictures.py, for problems that have something to look at
 """
 
 import json
@@ -22,7 +23,8 @@ from altgrad import durable
 from altgrad.errors import UsageError
 
 CONFIG, METRICS, ENVIRONMENT, RESULT, PLOT, CHECKPOINTS = "config.json", "metrics.jsonl", "env.json", "result.json", "plot.png", "checkpoints"
-OWN = (CONFIG, METRICS, ENVIRONMENT, RESULT, PLOT, CHECKPOINTS)
+PICTURES = "pictures"
+OWN = (CONFIG, METRICS, ENVIRONMENT, RESULT, PLOT, CHECKPOINTS, PICTURES)
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINTS
+
+    @property
+    def pictures(self) -> Path:
+        return self.folder / PICTURES
 
     def config(self) -> dict[str, Any]:
         """The resolved settings."""
@@ -150,6 +156,7 @@ def withdraw(run: Run, *, existed: bool) -> Path | None:
         return aside
     for name in (CONFIG, METRICS, ENVIRONMENT):
         (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(run.pictures, ignore_errors=True)
     with suppress(OSError):  # not empty: what is in there is not ours
         (folder / CHECKPOINTS).rmdir()
     if not existed:

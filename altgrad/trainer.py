@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from altgrad import checkpoint, optimizer_state, runs, signals
+from altgrad import checkpoint, optimizer_state, pictures, runs, signals
 from altgrad.engine import Estimate, Tree, data_ranks, over_ranks
 from altgrad.errors import Interrupted, NumericsError, ShapeError
 from altgrad.kernels import noise
@@ -49,6 +49,7 @@ def step(training: Training) -> Mapping[str, Tensor]:
         NumericsError: the loss or a gradient is NaN or infinite; names it, the engine and the step. The parameters are as before.
     """
     training.schedule.apply(training.optimizer.param_groups, training.rates, fraction=training.fraction)  # all evaluations of a closure share it
+    training.problem.progress = training.fraction
     batch = training.problem.batch(training.step, data_ranks(training.engine, training.world))
     estimate = fill(training, batch)
     if wants_closure(training.optimizer):
@@ -133,8 +134,12 @@ def refuse(training: Training, batch: Batch, loss: Tensor, gradients: Tree) -> N
 
 
 def evaluate(training: Training) -> dict[str, float]:
-    """The problem's held-out figures as the engine reads out, for instance {"test_accuracy": 0.97, "test_loss": 0.1}."""
-    return {f"test_{name}": float(value) for name, value in training.problem.evaluate(training.predict, split="test").items()}
+    """The problem's held-out figures as the engine reads out, for instance {"test_accuracy": 0.97, "test_loss": 0.1}, and in other ways where it has some."""
+    figures = {f"test_{name}": float(value) for name, value in training.problem.evaluate(training.predict, split="test").items()}
+    for other in training.engine.readouts:
+        read = replace(training, engine=replace(training.engine, readout=other)).predict  # type: ignore[call-arg]
+        figures.update({f"test_{name}_{other}": float(value) for name, value in training.problem.evaluate(read, split="test").items()})
+    return figures
 
 
 def fit(
@@ -203,6 +208,8 @@ def loop(training: Training, stop: signals.StopSignals, *, keep: int, on_step: A
     epoch = training.problem.steps_per_epoch or training.total_steps
     every = training.settings.save_every or epoch
     last = training.step >= training.total_steps
+    if training.step == 0:
+        pictures.save(training)
     while not last:
         with noise.compiled(training.noise == "compiled"):
             started, compiling, normals = time.perf_counter(), noise.compile_seconds(), noise.drawn()
@@ -223,6 +230,7 @@ def loop(training: Training, stop: signals.StopSignals, *, keep: int, on_step: A
             training.figures = evaluate(training)
             row = {**base_row(training), **training.figures}
             append(training, row)
+            pictures.save(training)
             if on_evaluate is not None:
                 on_evaluate(training, row)
         due = last or training.step % every == 0

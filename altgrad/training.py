@@ -146,6 +146,8 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
     factory = registry.problem(settings.problem, settings.problem_settings)
     problem = build_problem(factory, settings, key.fold("problem"))
     fit_check(engine, problem, alternatives=registry.needs)
+    for _, rule, view in engine.members(problem):
+        view.check_engine(rule)
     problem.check_batch(problem.batch(0, World()))  # the whole of it on every rank, with the first weights: the same answers whenever a run is resumed
     params = {name: leaf(tensor) for name, tensor in {**problem.params(), **engine.aux(problem, key.fold("aux"))}.items()}
     defaults = getattr(factory, "defaults", {})
@@ -164,6 +166,7 @@ def build(settings: TrainSettings, *, world: World | None = None) -> Training:
     total = resolved.steps or (resolved.epochs * problem.steps_per_epoch if resolved.epochs and problem.steps_per_epoch else STEPS)
     values = {name: tensor.detach() for name, tensor in params.items()}
     device = next(iter(params.values())).device
+    problem.progress = 0.0
     return Training(
         settings=resolved,
         problem=problem,
