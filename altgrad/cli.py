@@ -16,7 +16,19 @@ import click
 import altgrad
 from altgrad import cli_bench, cli_checks, cli_compare, cli_es, cli_listings
 from altgrad.cli_frame import Root, columns, emit, figures, note, percent
-from altgrad.cli_options import FOLDER, chosen, complete_engine, free_folder, how_options, out_options, plain, what_options
+from altgrad.cli_options import (
+    FOLDER,
+    at_option,
+    chosen,
+    complete_engine,
+    free_folder,
+    how_options,
+    labelled,
+    mixed_at,
+    out_options,
+    plain,
+    what_options,
+)
 from altgrad.cli_progress import Display
 from altgrad.errors import MissingExtraError, UsageError
 
@@ -41,8 +53,9 @@ def main() -> None:
 
 @cli.command()
 @what_options
-@click.option("--engine", default="forward", show_default=True, shell_complete=complete_engine, help="See `altgrad engines`, or package.module:class.")
+@click.option("--engine", shell_complete=complete_engine, help="See `altgrad engines`, or package.module:class. [default: forward, or the problem's own]")
 @click.option("-s", "--set", "engine_setting", multiple=True, metavar="NAME=VALUE", help="A setting of the engine (see `altgrad describe ENGINE`); repeatable.")
+@at_option
 @how_options
 @click.option("--lr", type=float, help="Learning rate. [default: the problem's own]")
 @click.option("--epochs", type=int, metavar="N", help="Passes over the data. [default: the problem's own]")
@@ -51,7 +64,7 @@ def main() -> None:
 @click.option("--save-every", type=int, metavar="STEPS", help="Steps between checkpoints. [default: an epoch]")
 @click.option("--out", type=FOLDER, help="The run folder. [default: runs/PROBLEM-ENGINE-N, the next that is free]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
-@click.option("--beside", multiple=True, metavar="ENGINE", shell_complete=complete_engine, help="Then train with this engine too, all else equal; repeatable.")
+@click.option("--beside", multiple=True, metavar="ENGINE", shell_complete=complete_engine, help="Then train with this engine too, without --at; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Print the settings with every default filled in; train nothing.")
 @out_options
 def train(
@@ -59,11 +72,12 @@ def train(
     problem_setting: tuple[str, ...],
     model: str | None,
     model_setting: tuple[str, ...],
-    engine: str,
+    engine: str | None,
     engine_setting: tuple[str, ...],
+    at: tuple[str, ...],
     optimizer: str | None,
     optimizer_setting: tuple[str, ...],
-    schedule: str,
+    schedule: str | None,
     warmup: float,
     batch_size: int | None,
     clip: float | None,
@@ -87,22 +101,28 @@ def train(
     \b
     altgrad train --engine forward
     altgrad train --problem fashion-mnist -s tangents=4 --lr 3e-3 --out runs/a
+    altgrad train --engine likelihood-ratio -s copies=16 --at 4=backprop
     """
     with Display(quiet=quiet or dry_run or follows()) as display, ranks() as world:
         from altgrad import registry, trainer
         from altgrad import training as training_module
 
+        own = registry.preferred(problem)
+        given = registry.split_pairs(engine_setting)
+        given = {**own["engine_settings"], **given} if engine in {None, own["engine"]} else given
+        engine = engine or own["engine"]
+        rule, rule_settings = mixed_at(engine, given, at)
         settings = trainer.TrainSettings(
             problem=problem,
             problem_settings={**registry.split_pairs(problem_setting), **({} if batch_size is None else {"batch_size": batch_size})},
             model=model,
             model_settings=registry.split_pairs(model_setting),
-            engine=engine,
-            engine_settings=registry.split_pairs(engine_setting),
+            engine=rule,
+            engine_settings=rule_settings,
             optimizer=optimizer,
             optimizer_settings=registry.split_pairs(optimizer_setting),
             lr=lr,
-            schedule=schedule,
+            schedule=schedule or own["schedule"],
             warmup=warmup,
             epochs=epochs,
             steps=steps,
@@ -116,8 +136,8 @@ def train(
         if dry_run:
             show_settings(training_module.resolved(training), as_json=as_json)
             return
-        folder = out or free_folder(f"{problem}-{engine}")
-        results = {engine: run(training, display, folder=folder, overwrite=overwrite)}
+        folder = out or free_folder(f"{problem}-{rule}")
+        results = {labelled(engine, at): run(training, display, folder=folder, overwrite=overwrite)}
         folders = [folder]
         for choice in others:
             folders.append(folder / f"beside-{plain(choice.label)}")
@@ -125,7 +145,7 @@ def train(
             results[choice.label] = run(trainer.build(changed, world=world), display, folder=folders[-1], overwrite=overwrite)
         if world.is_main:
             plot(folders)
-        display.say(f"run folder: {folder}")
+        display.say(f"run folder: {folder}{illustrated(folder)}")
     if world.is_main:
         show_results(results, as_json=as_json)
 
@@ -197,6 +217,14 @@ def plot(folders: list[Path]) -> None:
             report.plot_run(folder)
     except MissingExtraError as error:
         note(f"Warning: there is no plot: {error}")
+
+
+def illustrated(folder: Path) -> str:
+    """How many pictures of the problem a run has left, and where; nothing where it has none."""
+    from altgrad import runs
+
+    found = sorted((folder / runs.PICTURES).glob("*.png"))
+    return f" ({len(found)} pictures in {folder / runs.PICTURES})" if found else ""
 
 
 def show_settings(settings: dict[str, Any], *, as_json: bool) -> None:

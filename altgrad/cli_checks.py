@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from altgrad.cli_frame import Command, columns, emit, note
+from altgrad.cli_options import at_option
 from altgrad.cli_progress import Display
 from altgrad.errors import UsageError
 
@@ -64,6 +65,7 @@ def problem_factory(name: str | None, pairs: tuple[str, ...]) -> Callable[[], An
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Examples to look at.")
 @click.option("--eval", "evaluating", is_flag=True, help="Put the model into evaluation mode first.")
 @click.option("--precision", type=click.Choice(["float64", "float32"]), default="float64", show_default=True, help="What to compute in.")
+@at_option
 @click.option("--probes", is_flag=True, help="Instead of MODEL: every module kind that altgrad knows of.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on one line.")
 @click.pass_context
@@ -75,12 +77,14 @@ def doctor(
     batch_size: int,
     evaluating: bool,
     precision: str,
+    at: tuple[str, ...],
     probes: bool,
     as_json: bool,
 ) -> None:
     """Which engines can drive MODEL, and what is in the way.
 
     MODEL is package.module:callable, or one of `altgrad models`. Leaves with 1 where forward mode does not get through or disagrees with backprop.
+    With --at every engine is also tried as the rest of that mix.
     """
     if (model is None) != probes:
         raise click.UsageError("give a MODEL (package.module:callable, or a name of `altgrad models`), or --probes.")
@@ -97,7 +101,7 @@ def doctor(
         from altgrad import doctor as examining
 
         loaded, inputs = subject(model, model_setting, input_shape, batch_size)
-        report = examining.examine(loaded.train(not evaluating), inputs, precision=precision)
+        report = examining.examine(loaded.train(not evaluating), inputs, precision=precision, at=at)
         sound = report.driven and report.agrees
         if as_json:
             emit(report.as_dict())

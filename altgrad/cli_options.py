@@ -1,7 +1,7 @@
 """What commands that train share: options, folders, and "engine[name=value]"."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import click
 from altgrad.errors import UsageError
 
 FOLDER = click.Path(file_okay=False, path_type=Path)
-SCHEDULE = "The learning rate along the run: constant, or falling to 0 as cosine or linear."
+SCHEDULE = "The learning rate along the run: constant, or falling to 0 as cosine or linear. [default: constant, or for train the problem's own]"
 
 
 def complete_engine(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -57,12 +57,14 @@ what_options = with_options(
 how_options = with_options(
     click.option("--optimizer", help="See `altgrad optimizers`; upper and lower case do not matter. [default: Adam, or what the engine is made for]"),
     click.option("--optimizer-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the optimizer; repeatable."),
-    click.option("--schedule", default="constant", show_default=True, metavar="NAME", shell_complete=complete_schedule, help=SCHEDULE),
+    click.option("--schedule", metavar="NAME", shell_complete=complete_schedule, help=SCHEDULE),
     click.option("--warmup", type=float, default=0.0, show_default=True, metavar="SHARE", help="Share of the run in which the rate rises to its full height."),
     click.option("--batch-size", type=int, metavar="N", help="Examples a step. [default: the problem's own]"),
     click.option("--clip", type=float, metavar="NORM", help="Largest norm of the whole gradient. [default: no limit]"),
     click.option("--data-dir", type=click.Path(), help="Where your own data files are. [default: the cache]"),
 )
+AT = "PATTERN=ENGINE[,NAME=VALUE…]"
+at_option = click.option("--at", multiple=True, metavar=AT, help="Another engine for the parameters or modules that PATTERN matches; repeatable.")
 out_options = with_options(
     click.option("--json", "as_json", is_flag=True, help="End with one JSON object on stdout."),
     click.option("--quiet", "-q", is_flag=True, help="No progress, only the result and errors."),
@@ -77,6 +79,16 @@ def chosen(text: str) -> Any:
     if bracket and not rest.endswith("]"):
         raise UsageError(f"{text!r} has no closing bracket; write it as forward[space=weights,rank=1].")
     return choice_of(":".join([name, *(part for part in rest.removesuffix("]").split(",") if part)]))
+
+
+def mixed_at(engine: str, settings: Mapping[str, Any], at: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The engine's name and settings, or, with other engines `at` patterns, those of the mix."""
+    return ("mixed", {"rest": (engine, dict(settings)), "parts": tuple(at)}) if at else (engine, dict(settings))
+
+
+def labelled(name: str, at: Sequence[str]) -> str:
+    """What to call an engine with others `at` patterns: `forward, head=backprop`."""
+    return ", ".join([name, *at])
 
 
 def free_folder(name: str) -> Path:

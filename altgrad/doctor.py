@@ -4,22 +4,36 @@
 """
 
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from altgrad import registry
-from altgrad.engine import Needs, flag_names
+from altgrad.engine import Engine, Needs, fit_check, flag_names
+from altgrad.engines.backprop import Backprop
+from altgrad.engines.mixed import Mixed
+from altgrad.engines.spelling import parts_of
 from altgrad.errors import AltgradError, UsageError, require
 from altgrad.examination import TOLERANCES, Fit, Report, Row, Subject, first_line
 from altgrad.probes import PROBES, Probe
+from altgrad.problem import Batch
 from altgrad.problems.supervised import Supervised
+from altgrad.rng import Key
+from altgrad.world import World
 
 
 def examine(
-    model: nn.Module, inputs: Any, *, loss: Callable[..., Tensor] | None = None, targets: Any = None, precision: str = "float64", seed: int = 0
+    model: nn.Module,
+    inputs: Any,
+    *,
+    loss: Callable[..., Tensor] | None = None,
+    targets: Any = None,
+    precision: str = "float64",
+    seed: int = 0,
+    at: Sequence[str] = (),
 ) -> Report:
     """Drive `model` by forward mode in its present mode (training or evaluation) and compare with autograd; the model is left as it was.
 
@@ -27,9 +41,10 @@ def examine(
         inputs: a tensor, a tuple or a dict, as Learner takes them.
         loss: (outputs, targets) -> losses, or (outputs) -> losses where there are no targets; None for a random weighting of the outputs.
         precision: "float64" or "float32"; a model that refuses float64 is examined in float32.
+        at: parts of a mix, as head=backprop: every engine is then tried as the rest of it too.
 
     Raises:
-        UsageError: the model itself fails on these inputs.
+        UsageError: the model itself fails on these inputs, or a part does not fit the model.
     """
     require(precision in TOLERANCES, "precision", precision, "'float64' or 'float32'")
     subject = Subject(model, inputs, loss, targets, precision, seed)
@@ -39,6 +54,7 @@ def examine(
     subject.activities(report)
     subject.look_at_examples(report)
     report.engines = fits(subject.problem, report)
+    report.engines += tried_in_mixes(subject.problem, Batch(inputs, targets), at) if at else []
     return report
 
 
@@ -47,11 +63,13 @@ def fits(problem: Supervised, report: Report) -> list[Fit]:
     found = []
     for name in registry.names("engine"):
         try:
-            needs = registry.find("engine", name)().needs
+            rule = registry.find("engine", name)()
+            needs = rule.needs
         except (AltgradError, ImportError, TypeError) as error:
             found.append(Fit(name, False, f"cannot be loaded: {first_line(error)}"))
             continue
         missing = needs & ~problem.provides
+        refused = "" if missing else refusal(rule, problem)
         broken = next((text for text in report.obstacles if text.startswith("backprop:")), "")
         if missing:
             reason = f"needs {flag_names(missing)}, which a model and a loss do not provide"
@@ -60,8 +78,39 @@ def fits(problem: Supervised, report: Report) -> list[Fit]:
         elif Needs.REVERSE in needs and broken:
             reason = broken
         else:
-            reason = ""
+            reason = refused
         found.append(Fit(name, not reason, reason))
+    return found
+
+
+def refusal(rule: Engine, problem: Supervised) -> str:
+    """Why a rule does not take a model that has all it needs; "" where it does."""
+    try:
+        rule.check(problem)
+    except AltgradError as error:
+        return first_line(error)
+    return ""
+
+
+def tried_in_mixes(problem: Supervised, batch: Batch, at: Sequence[str]) -> list[Fit]:
+    """Every engine beside the parts `at`: one estimate in the model's own precision, which tells what a list of needs cannot."""
+    parts = parts_of(list(at))
+    Mixed(Backprop(), parts).split_up(problem)  # patterns that do not fit are the caller's mistake, whatever the rest
+    found = []
+    for name in registry.names("engine"):
+        if name == "mixed":
+            continue
+        reason = ""
+        try:
+            mix = Mixed(registry.engine(name), parts)
+            fit_check(mix, problem)
+            params = {**problem.params(), **mix.aux(problem, Key(0))}
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message="in the part")  # derivatives that are all zero train nothing
+                mix.estimate(problem, params, mix.init(problem, params, Key(0)), batch, Key(0), World())
+        except Exception as error:  # whatever the model's own code makes of the estimate is what is in the way
+            reason = first_line(error)
+        found.append(Fit(", ".join([name, *at]), not reason, reason))
     return found
 
 

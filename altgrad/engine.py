@@ -39,6 +39,7 @@ class Bias(Enum):
     SMOOTHED = "unbiased for the smoothed loss"
     LIMIT = "its error vanishes at a declared order"
     LOCAL = "exact for each block's own loss"
+    ALIGNED = "errors take other matrices than the transposed weights; learning aligns the two"
     SURROGATE = "exact for a declared stand-in derivative"
     DISPLACEMENT = "a move, not a derivative"
     GUIDED = "a projection on guessed directions: shrunk, never reversed"
@@ -95,6 +96,13 @@ class Engine:
         """The settings as plain values, for logs and checkpoints."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def check(self, problem: "Problem") -> None:
+        """Refuse a problem that provides the needs and still does not fit, before step 0.
+
+        Raises:
+            CapabilityError: says what is in the way and what to do.
+        """
+
     def aux(self, problem: "Problem", key: Key) -> Tree:
         """Extra trainables the rule brings along (a local head, say); they join the parameters under these names."""
         return {}
@@ -114,6 +122,47 @@ class Engine:
     def bake(self, problem: "Problem", params: Tree, state: Tree) -> Tree:
         """`params` such that the model alone computes what `predict` reads out, where that can be had: most engines train the model itself."""
         return params
+
+    def export(self, problem: "Problem", params: Tree, state: Tree) -> Any:
+        """A plain nn.Module, in evaluation mode, that gives what `predict` reads out: copies, which training does not move.
+
+        Raises:
+            CapabilityError: there is no model, or the read-out cannot be written without the rule.
+        """
+        from altgrad.export import whole
+
+        return whole(problem, self.bake(problem, params, state))
+
+    def reads(self, problem: "Problem", params: Tree, state: Tree, inputs: Any) -> Mapping[str, Any]:
+        """What every read-out gives, by name, from one pass; nothing where there is `predict` alone."""
+        return {}
+
+    def activities(self, problem: "Problem", params: Tree, state: Tree, inputs: Any) -> dict[str, Tensor]:
+        """The blocks' activities [N, n] by name, for linear probes; nothing where the rule has no blocks."""
+        return {}
+
+    @property
+    def readouts(self) -> tuple[str, ...]:
+        """Other values of the setting `readout`, each of whose held-out figures is reported beside those of `predict`."""
+        return ()
+
+    def at(self, pattern: str, other: Any) -> "Engine":
+        """This engine for all parameters but those that `pattern` matches, which go to `other` (see engines/mixed.py).
+
+        Args:
+            pattern: of a parameter's name, or of a module's, which takes all below it: "head", "body.*.weight".
+            other: an engine, its name, its name with settings as in "forward,tangents=8", or (name, {setting: value}).
+
+        Raises:
+            UsageError: no such engine. SettingError: a wrong setting, or a rule that cannot be mixed.
+        """
+        from altgrad.engines.mixed import Mixed
+
+        return Mixed(self).at(pattern, other)
+
+    def members(self, problem: "Problem") -> "list[tuple[str, Engine, Problem]]":
+        """(how an error is to begin, rule, what it sees) of every rule that this one is made of; most are one."""
+        return [("", self, problem)]
 
 
 def flag_names(needs: Needs) -> str:
@@ -148,23 +197,32 @@ def fit_check(engine: Engine, problem: "Problem", *, alternatives: Callable[[], 
         alternatives: gives the needs of every other engine by name, to offer those that do fit; called only where this one does not.
 
     Raises:
-        CapabilityError: a need is not provided, or two parameter names share one 32-bit noise address.
+        CapabilityError: a need is not provided, or two parameter names share one 32-bit noise address, or the engine's own `check` says no.
+        SettingError: a mix whose patterns do not fit.
     """
-    missing = engine.needs & ~problem.provides
-    if missing:
-        others = alternatives() if alternatives is not None else {}
-        fitting = sorted(name for name, needs in others.items() if not needs & ~problem.provides)
-        views = "; ".join(VIEWS[flag] for flag in Needs if flag in missing)
-        offer = f", or use one of: {', '.join(fitting)}." if fitting else "."
-        raise CapabilityError(
-            f"{describe(engine)} needs {flag_names(missing)}, which {type(problem).__name__} does not provide "
-            f"(it provides {flag_names(problem.provides)}). {views}{offer}"
-        )
+    for where, rule, view in engine.members(problem):
+        missing = rule.needs & ~view.provides
+        if missing:
+            others = alternatives() if alternatives is not None else {}
+            fitting = sorted(name for name, needs in others.items() if not needs & ~view.provides)
+            views = "; ".join(VIEWS[flag] for flag in Needs if flag in missing)
+            offer = f", or use one of: {', '.join(fitting)}." if fitting else "."
+            raise CapabilityError(
+                f"{where}{describe(rule)} needs {flag_names(missing)}, which {type(problem).__name__}{' with parameters held' * bool(where)} does not provide "
+                f"(it provides {flag_names(view.provides)}). {views}{offer}"
+            )
     seen: dict[int, str] = {}
     for name in problem.params():
         other = seen.setdefault(tensor_id(name), name)
         if other != name:
             raise CapabilityError(f"parameters {other!r} and {name!r} have the same 32-bit noise address; rename one of them.")
+    for where, rule, view in engine.members(problem):
+        try:
+            rule.check(view)
+        except CapabilityError as error:
+            if not where:
+                raise
+            raise type(error)(f"{where}{error}") from error
 
 
 def describe(engine: Engine) -> str:

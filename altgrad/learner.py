@@ -3,14 +3,18 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from altgrad import registry
+from altgrad.credit import Influence
 from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
-from altgrad.errors import CheckpointError, DataError, NumericsError, UsageError
+from altgrad.engines.mixed import Mixed
+from altgrad.engines.spelling import parts_of
+from altgrad.errors import CheckpointError, DataError, NumericsError, SettingError, UsageError
 from altgrad.optimizers import wants_closure
 from altgrad.problem import Batch, first_tensor, not_finite
 from altgrad.problems.supervised import Supervised
@@ -37,11 +41,16 @@ class Learner:
         engine: a name (see `altgrad engines`), or an Engine.
         seed: the address of all noise, 64 bits.
         world: the ranks among whom the data are divided; one process by default.
+        example: inputs of a few examples, for rules that bring trainables whose shapes follow from the data (mono-forward); a model that begins with a
+            linear layer, or has `example_inputs`, needs none.
+        at: other engines for some of the parameters: pattern of parameter or module names -> what Engine.at takes, in this order.
+        influence: where `loss` returns [N, P], P local losses an example: which of them each parameter touches, by name, as an altgrad.Influence or a
+            bool mask, [P] for the whole tensor or [units, P] for the units of its first axis (es, eggroll, spsa and likelihood-ratio use it).
         settings: the engine's settings (`altgrad describe ENGINE`).
 
     Raises:
         UsageError: an unknown engine. SettingError: an unknown setting, or one out of range. CapabilityError: the engine needs more
-        than a model and a loss provide.
+        than a model and a loss provide. ShapeError: an influence map that fits no parameter (one that does not fit the losses: at the first batch).
     """
 
     def __init__(
@@ -52,10 +61,16 @@ class Learner:
         engine: str | Engine = "forward",
         seed: int = 0,
         world: World | None = None,
+        example: Any = None,
+        at: Mapping[str, Any] | None = None,
+        influence: Mapping[str, Influence | Tensor] | None = None,
         **settings: Any,
     ):
         self.engine: Engine = registry.engine(engine, settings) if isinstance(engine, str) else engine
-        self.problem = Supervised(model, loss, key=Key(seed))
+        if at:
+            self.engine = Mixed(self.engine, parts_of(at))
+        self.problem = Supervised(model, loss, key=Key(seed), influence=influence)
+        self.problem.example_inputs = example
         fit_check(self.engine, self.problem, alternatives=registry.needs)
         if not self.problem.params():
             raise UsageError(f"{type(model).__name__} has no parameter with requires_grad=True, so there is nothing to train; unfreeze one.")
@@ -173,6 +188,25 @@ class Learner:
             for name, tensor in self.tensors().items():
                 if baked[name] is not tensor:
                     tensor.copy_(baked[name])
+
+    def export(self, *, readout: str | None = None) -> nn.Module:
+        """A plain nn.Module, in evaluation mode, that gives what `predict` reads out: copies, which training does not move.
+
+        It needs nothing of altgrad to run, but for read-outs that take several passes (forward-forward), which need it until torch.export captures them.
+
+        Args:
+            readout: another read-out than the engine's own, for rules that have several.
+
+        Raises:
+            SettingError: no such read-out. CapabilityError: the read-out cannot be written without the rule.
+        """
+        engine = self.engine
+        if readout is not None:
+            if "readout" not in engine.settings():
+                raise SettingError(f"readout={readout!r} is not allowed: engine {engine.name} has one read-out, the model's own outputs; leave it out.")
+            engine = replace(engine, readout=readout)  # type: ignore[call-arg]
+        found: nn.Module = engine.export(self.problem, self.tensors(), self.state)
+        return found
 
     @contextmanager
     def frozen_noise(self) -> Iterator[None]:
