@@ -12,8 +12,9 @@ from altgrad import registry, rng
 from altgrad.errors import SettingError, UsageError, near_miss
 from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Shape, Transformer, Window
 from altgrad.rng import Key
+from altgrad.spiking import Spiking
 
-TABLE: dict[str, Any] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet, "gru": GRU, "lstm": LSTM, "transformer": Transformer, "window": Window}
+TABLE: dict[str, Any] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet, "gru": GRU, "lstm": LSTM, "transformer": Transformer, "window": Window, "spiking": Spiking}
 
 
 def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: Iterable[int], classes: int, key: Key) -> nn.Module:

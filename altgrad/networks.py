@@ -10,7 +10,16 @@ from torch import Tensor, nn
 from altgrad.errors import UsageError, require
 
 Shape = tuple[int, ...]
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
+
+
+class Sign(nn.Module):
+    """sign(x): a hard step, whose derivative is 0 wherever it has one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sign(x)
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU, "sign": Sign}
 NORMS = ("batch", "group")
 
 
@@ -36,7 +45,7 @@ class MLP:
     """Fully connected layers with an activation between them."""
 
     hidden: str = setting("128-128", "widths of the hidden layers")
-    activation: str = setting("relu", "relu, tanh or gelu")
+    activation: str = setting("relu", "relu, tanh, gelu or sign (a hard step: only rules without derivatives train what lies before it)")
 
     def build(self, input_shape: Shape, classes: int) -> nn.Module:
         require(self.activation in ACTIVATIONS, "activation", self.activation, f"one of {', '.join(ACTIVATIONS)}")

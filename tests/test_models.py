@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from altgrad import models
+from altgrad import models, networks
 from altgrad.errors import SettingError, UsageError
 from altgrad.rng import Key
 
@@ -97,6 +97,14 @@ def test_mlp_takes_widths_and_activation_as_text():
     model = make("mlp", {"hidden": "32-16", "activation": "tanh"})
     assert [m.out_features for m in model if isinstance(m, nn.Linear)] == [32, 16, 10]
     assert isinstance(model[1], nn.Tanh)
+
+
+def test_a_hard_sign_gives_minus_one_or_one_and_no_derivative():
+    x = torch.tensor([-2.0, 0.5], requires_grad=True)
+    y = networks.ACTIVATIONS["sign"]()(x)
+    y.sum().backward()
+    assert y.tolist() == [-1, 1]
+    assert x.grad.tolist() == [0, 0]
 
 
 def test_a_wider_layer_leaves_the_other_layers_weights_alone():

@@ -10,5 +10,9 @@ TABLE = {
     "gymnasium": "altgrad.problems.gymnasium:Gymnasium",
     "char-lm": "altgrad.problems.char_lm:CharacterModel",
     "accuracy": "altgrad.problems.accuracy:Accuracy",
+    "digits-graph": "altgrad.problems.digits_graph:DigitsGraph",
+    "row-digits": "altgrad.problems.row_digits:RowDigits",
+    "rasterizer": "altgrad.problems.rasterizer:Rasterizer",
     "recurrence": "altgrad.problems.recurrence:Recurrence",
+    "spiking-digits": "altgrad.problems.spiking:SpikingDigits",
 }

@@ -21,12 +21,13 @@ def cross_entropy_of_each(outputs: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Images:
-    """What the image problems share: `name` is the data set's, `defaults` is what the command line trains with unless told otherwise."""
+    """What the image problems share: `name` is the data set's unless `source` is, `defaults` is what the command line trains with unless told otherwise."""
 
     batch_size: int = field(default=64, metadata={"help": "examples a step"})
     model: str = field(default="mlp", metadata={"help": "a name of `altgrad models`, or package.module:callable"})
 
     name: ClassVar[str]
+    source: ClassVar[str | None] = None  # the data set, where the problem has a name of its own
     model_settings: ClassVar[Mapping[str, Any]]  # of the default model
     defaults: ClassVar[Mapping[str, Any]]
 
@@ -46,9 +47,10 @@ class Images:
         require(isinstance(self.batch_size, int) and self.batch_size >= 1, "batch_size", self.batch_size, "an integer of at least 1")
         chosen = model or self.model
         own = self.model_settings if chosen == type(self).model else {}
-        shape, classes = data.shape_of(self.name)
+        source = self.source or self.name
+        shape, classes = data.shape_of(source)
         network = models.build(chosen, {**own, **(model_settings or {})}, input_shape=shape, classes=classes, key=key)
-        dataset = data.load(self.name, data_dir=data_dir)
+        dataset = data.load(source, data_dir=data_dir)
         return Supervised(network, cross_entropy_of_each, dataset=dataset, batch_size=self.batch_size, key=key, name=self.name)
 
 
