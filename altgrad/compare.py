@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from altgrad import registry, runs, trainer
+from altgrad import reading, registry, robustness, runs, trainer
 from altgrad.alignment import alignment
 from altgrad.budget import Budget, equivalents
 from altgrad.comparison import Comparison, Row
 from altgrad.data import Dataset
-from altgrad.engine import Engine
+from altgrad.engine import Bias, Engine
 from altgrad.errors import AltgradError, CapabilityError, NumericsError, SettingError, UsageError, near_miss, require
 from altgrad.metrics import live_bytes, saved_bytes
 from altgrad.problem import Problem
@@ -47,6 +47,9 @@ BASELINES = (
     Choice("backprop + checkpointing", "backprop", {"checkpointing": True}),
     Choice("backprop + accumulation", "backprop", {"accumulation": 4}),
 )
+DEEP = Choice("backprop + deep supervision", "deep-supervision", {"loss": "greedy"})  # beside rules with local losses, which train heads too
+ALL = (*BASELINES, DEEP)
+BEST = "best"  # the read-out that was most accurate on the held-out data of the tuning run
 
 
 def option(default: Any, meaning: str) -> Any:
@@ -63,7 +66,9 @@ class CompareSettings:
     model: str | None = option(None, "name, or package.module:callable; none for the problem's own")
     model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
     engines: tuple[Choice, ...] = option((), "(label, engine, settings) of every rule; the backprop baselines are added")
-    baselines: tuple[str, ...] = option(tuple(choice.label for choice in BASELINES), "which of the three backprop baselines; backprop itself always")
+    baselines: tuple[str, ...] = option(
+        tuple(choice.label for choice in ALL), "which baselines; backprop itself always, deep supervision beside local losses only"
+    )
     seeds: tuple[int, ...] = option((0, 1, 2), "one run of every engine for each")
     budget: str = option("epochs=10", "what each run may spend: epochs=…, forwards=… or seconds=…")
     optimizer: str = option("Adam", "name in torch.optim or pytorch_optimizer, the same for every engine but those made for one of their own")
@@ -78,25 +83,27 @@ class CompareSettings:
     batch_size: int | None = option(None, "examples a step; none for the problem's default")
     clip: float | None = option(None, "largest norm of the whole gradient; none for no limit")
     points: int = option(25, "evaluations along each run, for the curves")
+    fgsm: tuple[float, ...] = option((), "epsilons, as shares of the inputs' range, under which the trained models are attacked by FGSM as well")
     data_dir: str | None = option(None, "where the user's own data files are")
 
     def __post_init__(self) -> None:
-        for name in ("engines", "baselines", "seeds", "lrs"):
+        for name in ("engines", "baselines", "seeds", "lrs", "fgsm"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "engines", tuple(Choice(*entry) for entry in self.engines))
         Budget.parse(self.budget)
         Schedule(self.schedule, self.warmup)
         require(
-            REFERENCE in self.baselines and set(self.baselines) <= {c.label for c in BASELINES},
+            REFERENCE in self.baselines and set(self.baselines) <= {c.label for c in ALL},
             "baselines",
             self.baselines,
-            f"{REFERENCE!r} and some of {[c.label for c in BASELINES[1:]]}",
+            f"{REFERENCE!r} and some of {[c.label for c in ALL[1:]]}",
         )
         require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds), "seeds", self.seeds, "one or more different numbers")
         require(self.lr is None or not self.lrs, "lrs", self.lrs, f"absent where lr={self.lr} is given")
         require(all(lr > 0 for lr in self.lrs) and len(set(self.lrs)) == len(self.lrs), "lrs", self.lrs, "different numbers above 0")
         require(0 < self.validation < 1, "validation", self.validation, "in (0, 1)")
         require(self.points >= 1, "points", self.points, "1 or more")
+        require(all(0 <= e < math.inf for e in self.fgsm) and len(set(self.fgsm)) == len(self.fgsm), "fgsm", self.fgsm, "different finite numbers, 0 or more")
         labels = [choice.label for choice in self.choices()]
         for label in labels:
             if labels.count(label) > 1:
@@ -107,7 +114,8 @@ class CompareSettings:
 
     def choices(self) -> list[Choice]:
         """The baselines, then the engines asked for that are not one of them."""
-        wanted = [choice for choice in BASELINES if choice.label in self.baselines]
+        local = any(choice.build().bias is Bias.LOCAL for choice in self.engines)
+        wanted = [choice for choice in (ALL if local else BASELINES) if choice.label in self.baselines]
         known = [choice.build() for choice in wanted]
         return [*wanted, *(choice for choice in self.engines if choice.build() not in known)]
 
@@ -157,6 +165,8 @@ class Outcome(NamedTuple):
     curve: list[dict[str, Any]]
     lr: float
     diverged: bool
+    fgsm: Mapping[str, float | None] = {}  # epsilon -> accuracy; none where there is no direction to take
+    readouts: Mapping[str, float] = {}  # accuracy by read-out, for rules that have several; on held-out training data while tuning
 
 
 def choice_of(text: str) -> Choice:
@@ -193,9 +203,11 @@ def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | 
             training = trainer.build(settings.train_settings(choice, seed=first, lr=settings.lr))
             if budget.kind == "epochs" and not training.problem.steps_per_epoch:
                 raise SettingError(f"budget={settings.budget!r} is not allowed: problem {settings.problem} has no epochs. Use forwards=… or seconds=….")
+            if settings.fgsm:
+                robustness.attackable(training.problem)
             costs[choice.label] = measure(training)
         except CapabilityError as error:
-            if choice not in BASELINES:
+            if choice not in ALL:
                 raise
             skipped[choice.label] = str(error)
             continue
@@ -219,7 +231,8 @@ def compare(settings: CompareSettings, *, progress: Callable[[Progress], Any] | 
             report = reporter(tell, "train", choice.label, seed, chosen_lr, done, total)
             outcomes.append(run(settings, choice, seed=seed, lr=chosen_lr, tuning=False, report=report))
             done += 1
-        comparison.rows.append(row_of(choice, outcomes, tuning, costs[choice.label]))
+        best = best_readout(tuning[chosen_lr]) if tuning and chosen_lr is not None else None
+        comparison.rows.append(row_of(choice, outcomes, tuning, costs[choice.label], best=best))
         if on_row is not None:
             on_row(comparison)
     return comparison
@@ -263,7 +276,24 @@ def run(
     except NumericsError:
         diverged = True
         curve[training.step] = point(training, trainer.evaluate(training))
-    return Outcome([curve[step] for step in sorted(curve)], float(training.settings.lr or 0), diverged)
+    attacked = {} if tuning else under_attack(training, settings.fgsm)
+    trained = (training.engine, training.problem, training.values(), training.state)
+    read = reading.accuracies(*trained)
+    read.update(reading.probed(*trained) if read and not tuning else {})
+    return Outcome([curve[step] for step in sorted(curve)], float(training.settings.lr or 0), diverged, attacked, read)
+
+
+def best_readout(tuned: Outcome) -> str | None:
+    """The read-out that was most accurate on what the tuning run had held out; none for a rule that has one alone."""
+    return max(tuned.readouts, key=lambda name: tuned.readouts[name], default=None)
+
+
+def under_attack(training: Training, epsilons: Sequence[float]) -> dict[str, float | None]:
+    """The test accuracy under FGSM by epsilon; none for a model without a derivative, or one that diverged."""
+    try:
+        return {f"{epsilon:g}": found.accuracy for epsilon, found in robustness.attack(training, epsilons=epsilons).items()} if epsilons else {}
+    except (CapabilityError, NumericsError):
+        return dict.fromkeys(f"{epsilon:g}" for epsilon in epsilons)
 
 
 def point(training: Training, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -355,8 +385,9 @@ def measure(training: Training) -> Cost:
     return Cost(max(0, peak), saved.peak, cosine)
 
 
-def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, Outcome], cost: Cost) -> Row:
-    """The row of an engine's runs."""
+def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, Outcome], cost: Cost, *, best: str | None = None) -> Row:
+    """The row of an engine's runs; `best` is the read-out that was chosen on held-out data."""
+    read = {name: [outcome.readouts.get(name) for outcome in outcomes] for name in outcomes[0].readouts}
     ends = [outcome.curve[-1] for outcome in outcomes]
     accuracies, losses = ([end[name] for end in ends if name in end] for name in ("test_accuracy", "test_loss"))
 
@@ -370,7 +401,7 @@ def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, O
         label=choice.label,
         engine=choice.engine,
         settings=choice.build().settings(),
-        baseline=choice in BASELINES,
+        baseline=choice in ALL,
         accuracy=statistics.fmean(accuracies) if accuracies else None,
         accuracy_spread=statistics.stdev(accuracies) if len(accuracies) > 1 else None,
         accuracies=accuracies,
@@ -386,4 +417,7 @@ def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, O
         tuning={str(lr): validated(outcome) for lr, outcome in tuning.items()},
         diverged=sum(outcome.diverged for outcome in outcomes),
         curves=[outcome.curve for outcome in outcomes],
+        fgsm={epsilon: [outcome.fgsm[epsilon] for outcome in outcomes] for epsilon in outcomes[0].fgsm},
+        readouts={**read, **({BEST: read[best]} if best in read else {})},
+        best_readout=best,
     )

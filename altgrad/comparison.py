@@ -1,7 +1,7 @@
 """What a comparison came to: a row for every engine, and what a reader needs to judge them."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from altgrad import runs
@@ -33,6 +33,9 @@ class Row:
     tuning: dict[str, float | None]  # learning rate -> validation accuracy (loss where there is none); none: diverged
     diverged: int  # seeds whose run ended early, in NaN or infinity
     curves: list[list[dict[str, Any]]]  # of every seed: step, forwards, backwards, seconds, test_accuracy, test_loss
+    fgsm: dict[str, list[float | None]] = field(default_factory=dict)  # epsilon -> accuracy under FGSM of every seed; none: it had no direction
+    readouts: dict[str, list[float | None]] = field(default_factory=dict)  # read-out, block or probe -> test accuracy of every seed; none: not read out
+    best_readout: str | None = None  # what "best" stands for: chosen on held-out training data; none where nothing was tuned
 
     @property
     def equivalents(self) -> float:

@@ -17,7 +17,7 @@ from altgrad.comparison import Comparison, Row
 from altgrad.errors import AltgradError
 
 COLUMNS = ("engine", "test accuracy", "forwards", "backwards", "seconds", "peak memory", "cosine", "lr")
-MAPPINGS = ("settings", "tuning")  # columns that a CSV holds as JSON
+MAPPINGS = ("settings", "tuning", "fgsm", "readouts", "best_readout")  # columns that a CSV holds as JSON
 LISTS = ("accuracies", "losses")
 
 
@@ -40,14 +40,21 @@ def cells(row: Row) -> list[str]:
     if row.diverged:
         score += f" ({row.diverged} of {len(row.curves)} diverged)"
     cosine = "-" if row.cosine is None else f"{row.cosine:.3f}"
-    return [row.label, score, f"{row.forwards:,.0f}", f"{row.backwards:,.0f}", f"{row.seconds:.2f}", size(row.peak_memory_bytes), cosine, f"{row.lr:g}"]
+    cost = [f"{row.forwards:,.0f}", f"{row.backwards:,.0f}", f"{row.seconds:.2f}", size(row.peak_memory_bytes)]
+    return [row.label, score, *cost, cosine, f"{row.lr:g}", *(attacked(values) for values in row.fgsm.values())]
+
+
+def attacked(accuracies: Sequence[float | None]) -> str:
+    """The mean over the seeds that could be attacked."""
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    return f"{100 * statistics.fmean(known):.2f} %" if known else "-"
 
 
 def headings(rows: Sequence[Row]) -> list[str]:
-    """COLUMNS, with "test return" where the problem has episodes, and "test loss" where it has neither those nor classes."""
+    """COLUMNS, with "test return" where the problem has episodes, "test loss" where it has neither those nor classes, and one for every attack."""
     measured = "test loss" if all(row.accuracy is None for row in rows) else "test accuracy"
     measured = "test return" if any(returns(row) for row in rows) else measured
-    return [measured if name == "test accuracy" else name for name in COLUMNS]
+    return [*(measured if name == "test accuracy" else name for name in COLUMNS), *(f"FGSM {epsilon}" for epsilon in (rows[0].fgsm if rows else ()))]
 
 
 def table(rows: Sequence[Row], *, title: str | None = None) -> Table:

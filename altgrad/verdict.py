@@ -1,6 +1,7 @@
 """What a comparison shows, in sentences made from its rows: where backprop wins, where it does not, and how it was measured."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,11 @@ if TYPE_CHECKING:
     from altgrad.comparison import Comparison, Row
 
 REFERENCE = "backprop"  # the label every other row is held against
+ATTACK = (
+    "FGSM: accuracy when every test input takes one step, that share of the inputs' range long, along the sign of its own loss gradient (white box, "
+    "by autograd on the trained model; - where it has no derivative). It is one weak attack: to stand it is no proof of robustness."
+)
+SHOWN = 6  # blocks whose heads are told one by one; all are in the JSON
 LEVEL = 0.1  # costs closer than this share are not told apart: wall time wavers by as much
 
 
@@ -39,6 +45,7 @@ def verdict(comparison: "Comparison") -> list[str]:
     for row in comparison.rows:
         if row.diverged:
             found.append(f"{row.label}: {row.diverged} of {len(row.curves)} runs diverged; their figures are those of the last step made.")
+    found += [sentence for row in comparison.rows for sentence in read_out(row)]
     edge = [f"{row.label} ({row.lr:g})" for row in comparison.rows if row.at_edge]
     if edge:
         found.append(f"The best learning rate was at the edge of the grid for {', '.join(edge)}; a wider grid might serve them better.")
@@ -68,6 +75,19 @@ def quality(reference: "Row", rules: Sequence["Row"]) -> list[str]:
         len(reference.curves) == 1 and "One seed tells nothing about the spread: run several before believing a difference.",
     ]
     return [line for line in lines if line]
+
+
+def read_out(row: "Row") -> list[str]:
+    """What the other read-outs of a rule would have given: the mean over seeds."""
+    means = {name: statistics.fmean(known) for name, values in row.readouts.items() if (known := [value for value in values if value is not None])}
+    if not means:
+        return []
+    own, told = row.settings.get("readout"), {"best": f"best on held-out data ({row.best_readout})", "linear-probe": "linear probe of all blocks"}
+    blocks = [name for name in means if f"linear-probe.{name}" in means]
+    kinds = [name for name in means if name not in blocks and not name.startswith("linear-probe.")]
+    words = [f"{told.get(name, name)}{' (the one in the table)' * (name == own)} {100 * means[name]:.2f} %" for name in kinds]
+    words += [f"block {name} alone {100 * means[name]:.2f} %" for name in blocks] if len(blocks) <= SHOWN else []
+    return [f"Test accuracy of {row.label} by read-out: {', '.join(words)}."]
 
 
 def cost(name: str, values: Mapping[str, float]) -> list[str]:
@@ -107,4 +127,5 @@ def method(settings: "CompareSettings", grid: Sequence[float], *, draws: int) ->
         "(on CUDA, allocated bytes). The optimizer's state, the same for all, is not in it.",
         f"Cosine is that of the estimate to backprop's gradient at the first weights of the first seed, the mean over {draws} draws of the noise.",
         "± is the standard deviation over seeds.",
+        *([ATTACK] if settings.fgsm else []),
     ]
