@@ -24,6 +24,10 @@ PUBLIC = {
     "Problem": "altgrad.problem",
     "Batch": "altgrad.problem",
     "Supervised": "altgrad.problems.supervised",
+    "Influence": "altgrad.credit",
+    "LabelConcat": "altgrad.labels",
+    "LabelEmbed": "altgrad.labels",
+    "LabelOverlay": "altgrad.labels",
 }
 
 __all__ = ["__version__", *PUBLIC]

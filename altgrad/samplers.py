@@ -23,11 +23,12 @@ class AddressedSamplers(TorchFunctionMode):
         key: the address of the pass.
         first: the global index of the batch's first example, and
         examples: how many there are: what is drawn with one row an example is then the same whichever rank or part of a batch draws it.
+        copies: rows of one example in a run, which see the same draws; `first` and `examples` count rows then.
     """
 
-    def __init__(self, key: Key, *, first: int = 0, examples: int | None = None):
+    def __init__(self, key: Key, *, first: int = 0, examples: int | None = None, copies: int = 1):
         super().__init__()
-        self.key, self.first, self.examples, self.calls = key, first, examples, 0
+        self.key, self.first, self.examples, self.copies, self.calls = key, first, examples, copies, 0
 
     def __enter__(self) -> "AddressedSamplers":
         ACTIVE.append(self)
@@ -73,8 +74,15 @@ def address() -> str:
 def draw(law: str, shape: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
     """The next draw of the pass: [*shape], by law "normal", "sign" or "uniform"."""
     sampler, size = ACTIVE[-1], torch.Size(shape)
-    start = sampler.first * (size.numel() // size[0]) if sampler.examples and size and size[0] == sampler.examples else 0
-    return noise.draw(law, sampler.key, tensor_id(address()), range(1), size, start=start, dtype=dtype or torch.get_default_dtype(), device=device)[0]
+    by_row = bool(sampler.examples and size and size[0] == sampler.examples)
+    dtype, copies = dtype or torch.get_default_dtype(), sampler.copies
+    low = sampler.first // copies if by_row else 0  # the first row's example
+    start = low * size[1:].numel()
+    if not by_row or copies == 1:
+        return noise.draw(law, sampler.key, tensor_id(address()), range(1), size, start=start, dtype=dtype, device=device)[0]
+    own = torch.arange(sampler.first, sampler.first + size[0], device=device) // copies - low  # each row's example
+    count = (sampler.first + size[0] - 1) // copies - low + 1
+    return noise.draw(law, sampler.key, tensor_id(address()), range(1), (count, *size[1:]), start=start, dtype=dtype, device=device)[0][own]
 
 
 def with_own_generators(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

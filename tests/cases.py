@@ -37,8 +37,22 @@ def likelihood(**settings: Any) -> Case:
     return Case("likelihood-ratio", {"copies": 4, **settings})
 
 
+def labelled(*, departs: dict[str, str] | None = None, **settings: Any) -> Case:
+    return Case("forward-forward", settings, departs={**LABELLED, **(departs or {})})
+
+
+LABELLED = {
+    "loss_is_the_problems_own": "the model's head sees normalised activities of inputs that carry the mark of no label",
+    "running_statistics_move_once_a_step_as_in_plain_pytorch": "batch norm sees every example with its right label, a wrong one and none",
+    "one_dropout_mask_serves_a_whole_estimate": "one pass over three rows an example, which share its mask: the claim looks for passes over the batch",
+}
 STAGELESS = ("is_exact_on_quadratic",)  # no stages to run again
 HEADLESS = ("quadratic", "tied_weights")  # no layers; one that runs twice
+UNMATCHED = "quadratic"  # one tensor without a module: no pattern for weights matches
+TURN = "the loss is that of the block whose turn it is"
+FROZEN = "blocks that stay frozen run in evaluation mode: no dropout, statistics as they are"
+PAIRED = "similarities are taken between the examples of one process, as statistics of a batch are"
+NORMALISED = "the model's head is given activities of mean 0 and variance 1, as every block is"
 PARTS = "the batch is normalised in parts, as whenever gradients are accumulated in PyTorch"
 
 CASES = [
@@ -88,4 +102,46 @@ CASES = [
     Case("ask-tell", {"strategy": "cma-es", "population": 8, "chunk": 3}),
     Case("ask-tell", {"strategy": "snes", "population": 8, "dimension": 5}),
     Case("ask-tell", {"strategy": "openes", "population": 8, "lower": -5.0, "upper": 5.0}),
+    Case("direct-feedback-alignment"),
+    Case("direct-feedback-alignment", {"rows": 4, "scale": 0.5}),
+    Case("feedback-alignment"),
+    Case("feedback-alignment", {"feedback": "uniform-sign"}),
+    Case("feedback-alignment", {"feedback": "fixed-magnitude-sign", "scale": 2.0}),
+    Case("feedback-alignment", {"feedback": "random-magnitude-sign"}),
+    Case("feedback-alignment", {"feedback": "weights"}, refuses=("is_exact_on_quadratic",)),  # no layers
+    Case("mixed", {"rest": "backprop", "parts": "*.weight=backprop"}, refuses=(f"is_exact_on_{UNMATCHED}",)),
+    Case("mixed", {"rest": "backprop", "parts": "*.weight=forward,tangents=4"}, refuses=(f"is_unbiased_on_{UNMATCHED}",)),
+    Case(
+        "mixed",
+        {"rest": "eggroll,population=8,shaping=raw", "parts": "*.weight=likelihood-ratio,copies=4"},
+        refuses=(f"is_not_reversed_on_{UNMATCHED}",),
+        departs={"members_that_are_not_finite_are_survived": "a likelihood ratio has no ranks: a copy whose loss is not finite shows in its gradient"},
+    ),
+    Case("mono-forward"),
+    Case("mono-forward", {"rows": 4, "features": 3}),
+    Case("mono-forward", {"schedule": "interleaved", "block_steps": 1}, departs={"loss_is_the_problems_own": TURN}),
+    Case(
+        "mono-forward",
+        {"schedule": "sequential", "block_steps": 2},
+        departs={
+            "loss_is_the_problems_own": TURN,
+            "running_statistics_move_once_a_step_as_in_plain_pytorch": FROZEN,
+            "one_dropout_mask_serves_a_whole_estimate": FROZEN,
+        },
+    ),
+    Case("local"),
+    labelled(),
+    labelled(variant="symba", rows=4),
+    labelled(variant="collaboration"),
+    labelled(variant="collaboration", others="before", readout="goodness"),
+    labelled(goodness="mean", rows=4, readout="probe"),
+    labelled(goodness="mean", peer=1.0, departs={"two_ranks_average_to_the_whole_batch": "a rank holds its own units' running means to one another"}),
+    labelled(schedule="sequential", block_steps=2),
+    labelled(schedule="interleaved", block_steps=1),
+    Case("local", {"loss": "predsim"}, departs={"two_ranks_average_to_the_whole_batch": PAIRED}),
+    Case("local", {"loss": "predsim", "loss_settings": "similarity=0.5,transform=false"}, departs={"two_ranks_average_to_the_whole_batch": PAIRED}),
+    Case("local", {"loss": "channel-goodness"}),
+    Case("local", {"loss": "channel-goodness", "loss_settings": "goodness=mean,normalise=layer"}, departs={"loss_is_the_problems_own": NORMALISED}),
+    Case("local", {"loss": "prototypes"}),
+    Case("deep-supervision", departs={"saved_bytes_do_not_grow_with_depth": "a baseline: one sweep goes through all blocks"}),
 ]

@@ -51,7 +51,8 @@ def test_losses_under_vmap_agree_before_a_first_check_of_a_batch():
 
 
 def test_the_problem_provides_values_and_no_gradient(problem):
-    assert problem.provides == Needs.VALUE
+    assert Needs.VALUE in problem.provides
+    assert not problem.provides & (Needs.TANGENT | Needs.REVERSE)
 
 
 def test_evaluation_is_that_of_the_digits_problem_with_the_error_as_its_loss(problem):

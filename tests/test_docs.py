@@ -13,6 +13,7 @@ import pytest
 import altgrad
 from altgrad import cli_listings, cli_options, optimizers, registry, testing
 from altgrad.cli import cli
+from altgrad.local_losses import TABLE as LOSSES
 from altgrad.models import TABLE as MODELS
 from altgrad.tables import engine_table
 
@@ -131,6 +132,8 @@ def test_commands_are_found():
 @pytest.mark.parametrize(("page", "line"), sorted(set(commands())), ids=lambda value: value.replace(" ", "_"))
 def test_command_of_a_page_parses(page, line):
     given = parsed(line).params
+    if "engine" in given and given["engine"] is None and given.get("problem"):
+        given["engine"] = registry.preferred(given["problem"])["engine"]
     for kind in ("problem", "model", "engine"):
         if given.get(kind) is not None:
             assert known(kind, given[kind])
@@ -172,7 +175,9 @@ def test_paths_in_code_exist():
 
 
 def test_settings_that_the_docs_name_exist():
-    fields = {row["name"] for name in registry.names("engine") for row in registry.describe_settings(registry.find("engine", name))}
+    fields = {row["name"] for kind in ("engine", "problem") for name in registry.names(kind) for row in registry.describe_settings(registry.find(kind, name))}
+    fields |= {row["name"] for kind in MODELS.values() for row in registry.describe_settings(kind)}
+    fields |= {row["name"] for loss in LOSSES.values() for row in registry.describe_settings(loss)}
     for page in PAGES:
         for settings in re.findall(r"`((?:(?:-s )?[a-z_]+=[a-zA-Z0-9-]+ ?)+)`", page.read_text(encoding="utf8")):
             for pair in settings.replace("-s ", "").split():

@@ -24,6 +24,11 @@ def without_reverse(engine: Engine) -> bool:
     return Needs.REVERSE not in engine.needs
 
 
+def keeps_its_feedback(engine: Engine) -> bool:
+    """Whether what is random in an engine is the same at every step of a run."""
+    return engine.bias is Bias.ALIGNED and not getattr(engine, "redraws", False)
+
+
 @claim(anywhere=True)
 def traits_are_declared_and_settings_are_plain(subject: Subject) -> None:
     engine = subject.engine
@@ -68,7 +73,7 @@ def parameters_buffers_and_state_are_left_as_they_were(subject: Subject) -> None
         hold(value.grad is None, f"{name}.grad was written; only the learner or the trainer writes it.")
 
 
-@claim(anywhere=True, applies=lambda engine: engine.bias is not Bias.EXACT)
+@claim(anywhere=True, applies=lambda engine: engine.bias is not Bias.EXACT and not keeps_its_feedback(engine))
 def noise_changes_with_the_step(subject: Subject) -> None:
     bench = subject.bench().warm()
     here, other_seed, other_step = (bench.estimate(key).grads for key in (KEY, Key(KEY.seed + 1, KEY.step), KEY.at(KEY.step + 1)))
@@ -170,7 +175,7 @@ def predictions_are_made_without_a_graph_or_a_trace(subject: Subject) -> None:
     hold(all(same_bits(after[name], value) for name, value in before.items()), "predict changed parameters or buffers.")
 
 
-@claim(anywhere=True, applies=lambda engine: engine.split.value == "data" and engine.bias in {Bias.EXACT, Bias.UNBIASED, Bias.GUIDED})
+@claim(anywhere=True, applies=lambda engine: engine.split.value == "data" and engine.bias in {Bias.EXACT, Bias.UNBIASED, Bias.GUIDED, Bias.LOCAL, Bias.ALIGNED})
 def two_ranks_average_to_the_whole_batch(subject: Subject) -> None:
     bench = subject.bench().warm()
     if bench.problem.batch_size_of(bench.batch) % 2:

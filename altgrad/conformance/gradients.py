@@ -90,8 +90,8 @@ def not_reversed_on(build: Callable[[torch.dtype], Problem]) -> Callable[[Subjec
 
 def unscaled(engine: Engine) -> bool:
     """Whether a smoothed engine's estimate is in units of the gradient: weights made from losses by rank or deviation are not."""
-    searching = getattr(engine, "rule", engine)  # the engine inside a wrapper
-    return engine.bias is Bias.SMOOTHED and searching.settings().get("shaping", "raw") == "raw"
+    rules = [rule for _, rule in engine.rules()] if hasattr(engine, "rules") else [getattr(engine, "rule", engine)]  # the engines inside a wrapper
+    return engine.bias is Bias.SMOOTHED and all(rule.settings().get("shaping", "raw") == "raw" for rule in rules)
 
 
 @claim(applies=unscaled)

@@ -10,6 +10,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 from torch.utils._pytree import tree_map
 
 from altgrad.kernels import noise
+from altgrad.labels import at_first
 from altgrad.problem import Batch, Problem
 from altgrad.problems.quadratic import Quadratic
 from altgrad.problems.supervised import Loss, Supervised
@@ -24,20 +25,25 @@ CLASSES = 3
 class Probe(Supervised):
     """A model on one fixed batch, which ranks divide among themselves."""
 
-    def __init__(self, build: Callable[[], nn.Module], inputs: Any, *, loss: Loss = F.cross_entropy, dtype: torch.dtype = torch.float32):
+    def __init__(self, build: Callable[[], nn.Module], inputs: Any, *, loss: Loss = F.cross_entropy, dtype: torch.dtype = torch.float32, influence: Any = None):
         with torch.random.fork_rng(devices=[]):
             model = build()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 drawn = noise.draw("normal", KEY, tensor_id(name), [0], parameter.shape)[0]
                 parameter.copy_(drawn * max(1, parameter[0].numel()) ** -0.5 if parameter.ndim > 1 else 1 + 0.3 * drawn if "norm" in name else 0.3 * drawn)
-        super().__init__(model.to(dtype), loss, name="probe")
+        super().__init__(model.to(dtype), loss, name="probe", influence=influence)
         self.inputs = tree_map(lambda leaf: leaf.to(dtype), inputs)
         self.targets = torch.arange(EXAMPLES) % CLASSES
 
     def batch(self, step: int, world: World) -> Batch:
         share = world.share(EXAMPLES)
         return Batch(tree_map(lambda leaf: leaf[share.start : share.stop], self.inputs), self.targets[share.start : share.stop], share.start)
+
+
+    def with_label(self, x: Any, y: Tensor) -> Any:
+        """A pattern of the label's is added to the inputs, which are too small to be written over."""
+        return at_first(x, lambda first: first + (y.to(first) @ data("label", *first.shape[1:]).to(first)[:CLASSES].flatten(1)).view(first.shape))
 
 
 def data(label: str, *shape: int) -> Tensor:

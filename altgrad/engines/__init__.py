@@ -9,4 +9,11 @@ TABLE = {
     "spsa": "altgrad.engines.evolution:SPSA",
     "random-subspace": "altgrad.engines.subspace:RandomSubspace",
     "ask-tell": "altgrad.engines.ask_tell:AskTell",
+    "local": "altgrad.engines.local:Local",
+    "deep-supervision": "altgrad.engines.deep_supervision:DeepSupervision",
+    "mono-forward": "altgrad.engines.mono_forward:MonoForward",
+    "forward-forward": "altgrad.engines.forward_forward:ForwardForward",
+    "feedback-alignment": "altgrad.engines.feedback_alignment:FeedbackAlignment",
+    "direct-feedback-alignment": "altgrad.engines.direct_feedback_alignment:DirectFeedbackAlignment",
+    "mixed": "altgrad.engines.mixed:Mixed",
 }

@@ -1,0 +1,19 @@
+"""The table of local losses: name -> class. The engine `local` takes any of them; a new one is one file and one line here."""
+
+from dataclasses import fields
+
+from altgrad.local_losses.channel_goodness import ChannelGoodness
+from altgrad.local_losses.predsim import PredSim
+from altgrad.local_losses.prototypes import Prototypes
+from altgrad.losses import TABLE as SIMPLE
+from altgrad.losses import LocalLoss
+
+TABLE: dict[str, type[LocalLoss]] = {**SIMPLE, "predsim": PredSim, "channel-goodness": ChannelGoodness, "prototypes": Prototypes}
+
+
+def settings_of() -> str:
+    """The settings of every loss in the table, in words."""
+    return "; ".join(f"{name}: {', '.join(entry.name for entry in fields(loss))}" for name, loss in TABLE.items())
+
+
+__all__ = ["TABLE", "ChannelGoodness", "PredSim", "Prototypes", "settings_of"]

@@ -1,0 +1,119 @@
+"""A model's forward as a graph (torch.fx), in pieces between the points where exactly one value is alive."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+class Follower(fx.Tracer):
+    """Traces through the user's modules; one that cannot be traced (its flow depends on the data) is a single step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside: list[str] = [""]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        hooked = bool(m._forward_hooks or m._forward_pre_hooks)
+        return hooked or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        before = set(self.graph.nodes)
+        self.inside.append(self.path_of_module(m))
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:  # whatever the module's own code makes of a proxy
+            for node in reversed([node for node in self.graph.nodes if node not in before]):
+                self.graph.erase_node(node)
+            return self.create_proxy("call_module", self.inside[-1], args, kwargs)
+        finally:
+            self.inside.pop()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["module"] = self.inside[-1]
+        return node
+
+
+class Traced:
+    """A traced model and where it can be cut; `constants` are tensors that its forward makes of nothing."""
+
+    def __init__(self, model: nn.Module, graph: fx.Graph, constants: Mapping[str, Any]):
+        self.model, self.constants = model, constants
+        self.nodes = [node for node in graph.nodes if node.op != "get_attr"]  # a parameter is at hand everywhere: it is not carried along
+        place = {node: number for number, node in enumerate(self.nodes)}
+        last = {node: max((place[user] for user in node.users), default=-1) for node in self.nodes}
+        inputs = sum(node.op == "placeholder" for node in self.nodes)
+        self.carried: list[fx.Node] = []  # the value that is alive at each edge between pieces
+        self.edges = [0]
+        for number in range(inputs, len(self.nodes) - 1):
+            alive = [node for node in self.nodes[: number + 1] if last[node] > number]
+            if len(alive) == 1:
+                self.edges.append(number + 1)
+                self.carried.append(alive[0])
+        self.edges[1:] = [edge for edge in self.edges[1:] if edge < len(self.nodes) - 1]  # the end is no cut
+        self.carried = self.carried[: len(self.edges) - 1]
+        self.edges.append(len(self.nodes))
+
+    def pieces(self) -> list[tuple[tuple[str, ...], tuple[Tensor, ...]]]:
+        """(modules that run in it, parameters it uses) of every piece."""
+        return [self.piece(self.nodes[start:stop]) for start, stop in zip(self.edges[:-1], self.edges[1:], strict=True)]
+
+    def piece(self, nodes: Sequence[fx.Node]) -> tuple[tuple[str, ...], tuple[Tensor, ...]]:
+        names: dict[str, None] = {}
+        tensors: list[Tensor] = []
+        for node in nodes:
+            if node.op == "call_module":
+                tensors += self.model.get_submodule(str(node.target)).parameters()
+            for source in node.all_input_nodes:
+                found = attribute(self.model, str(source.target)) if source.op == "get_attr" and source.target not in self.constants else None
+                if isinstance(found, nn.Parameter):
+                    tensors.append(found)
+            if node.op not in {"placeholder", "output"}:
+                names[node.meta.get("module", "")] = None
+        held = {name: None for name in names if name}
+        return tuple(held or names), tuple(tensors)
+
+    def module(self, part: slice) -> fx.GraphModule:
+        """What runs the pieces of `part`: the model's inputs, or the one value that is alive before it, to the value alive after it."""
+        first, last = part.start, part.stop
+        graph, made = fx.Graph(), {}
+        if first:
+            made[self.carried[first - 1]] = graph.placeholder("input")
+
+        def known(node: fx.Node) -> fx.Node:
+            if node not in made and node.op == "get_attr":
+                made[node] = graph.node_copy(node, known)
+            return made[node]
+
+        for node in self.nodes[self.edges[first] : self.edges[last]]:
+            made[node] = graph.node_copy(node, known)
+        if last < len(self.edges) - 1:
+            graph.output(made[self.carried[last - 1]])
+        targets = {str(node.target) for node in graph.nodes if node.op in {"call_module", "get_attr"}}
+        return fx.GraphModule({target: self.constants[target] if target in self.constants else attribute(self.model, target) for target in targets}, graph)
+
+
+def attribute(model: nn.Module, target: str) -> Any:
+    """The attribute "a.b.c" of a model."""
+    found: Any = model
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def trace(model: nn.Module) -> Traced | str:
+    """The model's graph in its present mode; or why there is none."""
+    own = set(vars(model))
+    try:
+        with torch.no_grad():
+            graph = Follower().trace(model)
+    except Exception as error:  # whatever the model's own code makes of a proxy
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
+    finally:
+        constants = {name: vars(model).pop(name) for name in set(vars(model)) - own}  # the tracer keeps tensors that a forward makes on the model
+    return Traced(model, graph, constants)
+
+
+__all__ = ["Traced", "trace"]
