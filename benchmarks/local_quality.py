@@ -1,0 +1,54 @@
+"""What local rules learn on MNIST and Fashion-MNIST, beside backprop and backprop with deep supervision.
+
+    OMP_NUM_THREADS=1 python benchmarks/local_quality.py --tune --out benchmarks/records/local_quality.json
+    OMP_NUM_THREADS=1 python benchmarks/local_quality.py --out benchmarks/records/local_quality.json
+
+Every rule has the same three rates to choose from, on a sixth of the training set held out (see benchmarks/tuned.py), the same batches of 128, Adam and
+a cosine decay, the same epochs unless its row says otherwise, and is scored once, on the test set, after the last step.
+"""
+
+from typing import Any
+
+from tuned import Table, main
+
+SHARED: dict[str, Any] = {"optimizer": "Adam", "schedule": "cosine", "model": "mlp", "problem_settings": {"batch_size": 128}}
+RATES = ({"lr": 3e-4}, {"lr": 1e-3}, {"lr": 3e-3})
+
+
+def row(asked: str, problem: str, engine: str, hidden: str, epochs: int, **engine_settings: Any) -> dict[str, Any]:
+    """`engine` on 784-`hidden`-10."""
+    return {
+        "asked": asked,
+        "settings": {
+            "problem": problem,
+            "engine": engine,
+            "engine_settings": engine_settings,
+            "model_settings": {"hidden": hidden},
+            "epochs": epochs,
+        },
+        "candidates": list(RATES),
+        "tuning_seeds": (10,),
+        "tuning_epochs": 2,
+    }
+
+
+TWO, THREE = "1000-1000", "1000-1000-1000"
+ROWS = {
+    "mnist, mono-forward 2x1000": row(">= 98.0 %", "mnist", "mono-forward", TWO, 10),
+    "mnist, backprop 2x1000": row("beside it", "mnist", "backprop", TWO, 10),
+    "fashion-mnist, mono-forward 2x1000": row(">= 89.5 %", "fashion-mnist", "mono-forward", TWO, 10),
+    "fashion-mnist, predsim 2x1000": row(">= mono-forward", "fashion-mnist", "local", TWO, 10, loss="predsim"),
+    "fashion-mnist, direct feedback alignment 2x1000": row(">= 87.0 %", "fashion-mnist", "direct-feedback-alignment", TWO, 10),
+    "fashion-mnist, feedback alignment 2x1000": row("beside it", "fashion-mnist", "feedback-alignment", TWO, 10),
+    "fashion-mnist, deep supervision 2x1000": row("beside it", "fashion-mnist", "deep-supervision", TWO, 10),
+    "fashion-mnist, backprop 2x1000": row("beside it", "fashion-mnist", "backprop", TWO, 10),
+    "mnist, forward-forward 3x1000": row(">= 98.0 %", "mnist", "forward-forward", THREE, 20),
+    "mnist, backprop 3x1000": row("beside it", "mnist", "backprop", THREE, 10),
+    "fashion-mnist, forward-forward 3x1000": row("beside collaboration", "fashion-mnist", "forward-forward", THREE, 10),
+    "fashion-mnist, collaboration 3x1000": row(
+        ">= 87.5 % and above plain forward-forward", "fashion-mnist", "forward-forward", THREE, 10, variant="collaboration"
+    ),
+}
+
+if __name__ == "__main__":
+    main(Table(ROWS, SHARED), __doc__)
