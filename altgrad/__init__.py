@@ -25,18 +25,21 @@ PUBLIC = {
     "Batch": "altgrad.problem",
     "Supervised": "altgrad.problems.supervised",
     "Influence": "altgrad.credit",
-    "LabelConcat": "altgrad.labels",
-    "LabelEmbed": "altgrad.labels",
-    "LabelOverlay": "altgrad.labels",
+    "LabelConcat": "altgrad.local.labels",
+    "LabelEmbed": "altgrad.local.labels",
+    "LabelOverlay": "altgrad.local.labels",
 }
+MODULES = ("implicit",)
 
-__all__ = ["__version__", *PUBLIC]
+__all__ = ["__version__", *MODULES, *PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in PUBLIC:
+    if name not in PUBLIC and name not in MODULES:
         raise AttributeError(f"module 'altgrad' has no attribute {name!r}")
     try:
+        if name in MODULES:
+            return importlib.import_module(f"altgrad.{name}")
         return getattr(importlib.import_module(PUBLIC[name]), name)
     except ModuleNotFoundError as error:
         from altgrad.errors import missing_extra

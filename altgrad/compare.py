@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves
 
-from altgrad import reading, registry, robustness, runs, trainer
+from altgrad import registry, robustness, runs, trainer
 from altgrad.alignment import alignment
 from altgrad.budget import Budget, equivalents
 from altgrad.comparison import Comparison, Row
 from altgrad.data import Dataset
 from altgrad.engine import Bias, Engine
 from altgrad.errors import AltgradError, CapabilityError, NumericsError, SettingError, UsageError, near_miss, require
+from altgrad.local import reading
 from altgrad.metrics import live_bytes, saved_bytes
 from altgrad.problem import Problem
 from altgrad.rng import Key, permutation

@@ -38,6 +38,18 @@ class NumericsError(AltgradError):
     exit_code = 3
 
 
+class SingularError(NumericsError):
+    """A linear system has no unique solution: its matrix is singular, exactly or to rounding."""
+
+
+class NotConvergedError(NumericsError):
+    """A solver stopped before its tolerance was met, under strict=True."""
+
+
+class NotConvergedWarning(UserWarning):
+    """A solver stopped before its tolerance was met: what follows from its answer is off by about its residual times the condition number."""
+
+
 class CheckpointError(AltgradError):
     """A checkpoint is missing, damaged, foreign, or of a newer format."""
 

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from altgrad import readouts
 from altgrad.blocks import Block, Chain
 from altgrad.engine import Tree, describe
 from altgrad.errors import CapabilityError
-from altgrad.local_step import by_block, heads_trained
-from altgrad.prefix import evaluating
+from altgrad.local import readouts
+from altgrad.local.prefix import evaluating
+from altgrad.local.step import by_block, heads_trained
 from altgrad.problem import Problem
 from altgrad.problems.supervised import Supervised
 

@@ -41,6 +41,10 @@ def labelled(*, departs: dict[str, str] | None = None, **settings: Any) -> Case:
     return Case("forward-forward", settings, departs={**LABELLED, **(departs or {})})
 
 
+def equilibrium(**settings: Any) -> Case:
+    return Case("equilibrium", settings, refuses=(f"is_not_reversed_on_{UNMATCHED}",))  # neither an energy nor blocks
+
+
 LABELLED = {
     "loss_is_the_problems_own": "the model's head sees normalised activities of inputs that carry the mark of no label",
     "running_statistics_move_once_a_step_as_in_plain_pytorch": "batch norm sees every example with its right label, a wrong one and none",
@@ -117,6 +121,12 @@ CASES = [
         refuses=(f"is_not_reversed_on_{UNMATCHED}",),
         departs={"members_that_are_not_finite_are_survived": "a likelihood ratio has no ranks: a copy whose loss is not finite shows in its gradient"},
     ),
+    equilibrium(),
+    equilibrium(nudge="one-sided"),
+    equilibrium(nudge="random-sign"),
+    equilibrium(nudge="holomorphic"),
+    equilibrium(nudge="holomorphic", points=3, beta=0.3),
+    equilibrium(correction="none"),
     Case("mono-forward"),
     Case("mono-forward", {"rows": 4, "features": 3}),
     Case("mono-forward", {"schedule": "interleaved", "block_steps": 1}, departs={"loss_is_the_problems_own": TURN}),
@@ -133,13 +143,13 @@ CASES = [
     labelled(),
     labelled(variant="symba", rows=4),
     labelled(variant="collaboration"),
-    labelled(variant="collaboration", others="before", readout="goodness"),
+    labelled(variant="collaboration", others="before"),
     labelled(goodness="mean", rows=4, readout="probe"),
     labelled(goodness="mean", peer=1.0, departs={"two_ranks_average_to_the_whole_batch": "a rank holds its own units' running means to one another"}),
     labelled(schedule="sequential", block_steps=2),
     labelled(schedule="interleaved", block_steps=1),
     Case("local", {"loss": "predsim"}, departs={"two_ranks_average_to_the_whole_batch": PAIRED}),
-    Case("local", {"loss": "predsim", "loss_settings": "similarity=0.5,transform=false"}, departs={"two_ranks_average_to_the_whole_batch": PAIRED}),
+    Case("predsim", {"similarity": 0.5, "transform": False}, departs={"two_ranks_average_to_the_whole_batch": PAIRED}),
     Case("local", {"loss": "channel-goodness"}),
     Case("local", {"loss": "channel-goodness", "loss_settings": "goodness=mean,normalise=layer"}, departs={"loss_is_the_problems_own": NORMALISED}),
     Case("local", {"loss": "prototypes"}),

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import altgrad
-from altgrad.losses import Greedy
+from altgrad.local.losses.frame import Greedy
 from altgrad.problem import Batch
 from altgrad.problems.supervised import Supervised
 from altgrad.rng import Key

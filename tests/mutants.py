@@ -5,6 +5,7 @@ A new planted bug goes into the file of its engine, tests/mutants_<engine>.py, n
 
 import mutants_ask_tell
 import mutants_backprop
+import mutants_equilibrium
 import mutants_evolution
 import mutants_feedback
 import mutants_forward
@@ -27,6 +28,7 @@ FILES = (
     mutants_local,
     mutants_forward_forward,
     mutants_feedback,
+    mutants_equilibrium,
     mutants_mixed,
 )
 MUTANTS = [mutant for file in FILES for mutant in file.MUTANTS]

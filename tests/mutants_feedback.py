@@ -3,10 +3,10 @@
 import torch
 from mutants_form import EVERYWHERE, Mutant, altered, on, patched, rekeyed, scaled
 
-from altgrad import detours
 from altgrad.engines import direct_feedback_alignment, feedback_alignment
 from altgrad.engines.direct_feedback_alignment import DirectFeedbackAlignment
 from altgrad.engines.feedback_alignment import FeedbackAlignment
+from altgrad.local import detours
 from altgrad.rng import Key
 
 STAYS, LEARNS = "feedback_stays_as_it_was_drawn", "learning_turns_the_weights_towards_the_feedback"

@@ -9,9 +9,10 @@ from mutants_form import Mutant, patched
 from mutants_local import one_sweep
 from torch import Tensor
 
-from altgrad import goodness, labelled_step, local_step
 from altgrad.engines.forward_forward import ForwardForward
 from altgrad.kernels import noise
+from altgrad.local import goodness, labelled_step
+from altgrad.local import step as local_step
 from altgrad.rng import Key
 
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from mutants_form import Mutant, altered, patched, scaled
 
-from altgrad import local_step
 from altgrad.engines.local import Local
 from altgrad.engines.mono_forward import MonoForward
-from altgrad.local_losses import predsim
+from altgrad.local import step as local_step
+from altgrad.local.losses import predsim
 
 
 def one_sweep(*, detach: bool) -> Callable[..., Any]:

@@ -13,7 +13,7 @@ import pytest
 import altgrad
 from altgrad import cli_listings, cli_options, optimizers, registry, testing
 from altgrad.cli import cli
-from altgrad.local_losses import TABLE as LOSSES
+from altgrad.local.losses import TABLE as LOSSES
 from altgrad.models import TABLE as MODELS
 from altgrad.tables import engine_table
 

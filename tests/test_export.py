@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from altgrad import compare as comparing
-from altgrad import linear_probe, reading, registry
+from altgrad import registry
 from altgrad.compare import Choice, CompareSettings
 from altgrad.comparison import Comparison
 from altgrad.engines.forward_forward import ForwardForward
@@ -21,8 +21,9 @@ from altgrad.engines.local import Local
 from altgrad.engines.mono_forward import MonoForward
 from altgrad.errors import CapabilityError, DataError, NumericsError, SettingError
 from altgrad.learner import Learner
-from altgrad.local_losses import TABLE
-from altgrad.losses import LocalLoss
+from altgrad.local import linear_probe, reading
+from altgrad.local.losses import TABLE
+from altgrad.local.losses.frame import LocalLoss
 from altgrad.problems.quadratic import Quadratic
 from altgrad.rng import Key
 from altgrad.tables import from_csv, to_csv
@@ -77,6 +78,13 @@ def test_an_exported_module_gives_what_the_learner_predicts(loss, readout):
 def test_an_exported_convolution_keeps_pooling_and_what_is_between_blocks(loss_settings):
     engine = Local(loss="channel-goodness", loss_settings=loss_settings) if loss_settings else MonoForward(features=7)
     learner, x = trained(engine, conv(), torch.randn(6, 1, 6, 6))
+    assert torch.equal(learner.export()(x), learner.predict(x))
+
+
+def test_an_exported_sequence_model_keeps_its_averages_over_time():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Flatten(), nn.Linear(24, 3))
+    learner, x = trained(MonoForward(features=12, readout="sum"), model, torch.randn(6, 4, 6))
+    assert learner.aux["local.projection.0"].shape == (3, 12)
     assert torch.equal(learner.export()(x), learner.predict(x))
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from console import invoke
 from local_bench import EXACT, KEY, Bench, apart, data, mlp
 from tolerances import tolerance
 from torch import nn
@@ -15,14 +16,14 @@ from altgrad import data as datasets
 from altgrad import models
 from altgrad.engines.forward_forward import ForwardForward
 from altgrad.errors import CapabilityError, DataError, SettingError, ShapeError
-from altgrad.labels import Labelled, LabelOverlay, marks_of, no_label, wrong_labels
 from altgrad.learner import Learner
+from altgrad.local.labels import Labelled, LabelOverlay, marks_of, no_label, wrong_labels
 from altgrad.problem import Batch
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
 from altgrad.world import World
 
-SCALE = ForwardForward().label_scale
+SHARE = ForwardForward().label_scale
 
 
 def scaled(x):
@@ -33,7 +34,7 @@ def scaled(x):
 def written(x, marks):
     """Marks over the first numbers of rows of mean square 1."""
     rows = scaled(x).flatten(1).clone()
-    rows[:, : marks.shape[1]] = SCALE * marks
+    rows[:, : marks.shape[1]] = SHARE * rows.shape[1] ** 0.5 * marks
     return rows.view(x.shape)
 
 
@@ -194,8 +195,10 @@ def test_concatenation_adds_features_channels_or_a_token():
     label = torch.tensor([2, 0])
     vectors, texts, images = torch.randn(2, 6), torch.randn(2, 4, 6), torch.randn(2, 3, 5, 5)
     concat = altgrad.LabelConcat(3)
-    for x, place in ((vectors, lambda found: found[:, 6:]), (texts, lambda found: found[:, 1, 6:]), (images, lambda found: found[:, 3:, 2, 4])):
-        assert place(concat(Labelled(x, marks_of(label, 3, x)))).tolist() == [[0, 0, 1], [1, 0, 0]]
+    for x, place, size in ((vectors, lambda y: y[:, 6:], 1), (texts, lambda y: y[:, 1, 6:], 1 / 2), (images, lambda y: y[:, 3:, 2, 4], 1 / 5)):
+        found = concat(Labelled(x, marks_of(label, 3, x)))
+        assert torch.allclose(place(found), size * torch.tensor([[0.0, 0, 1], [1, 0, 0]]))  # as long as the mark, all in all
+        assert float(found.flatten(1).square().sum() - x.square().sum()) == pytest.approx(2, abs=1e-3)
     tokens = torch.tensor([[5, 6], [7, 8]])
     reading = altgrad.LabelConcat(3, vocabulary=100)
     assert reading(Labelled(tokens, marks_of(label, 3, tokens))).tolist() == [[102, 5, 6], [100, 7, 8]]
@@ -217,7 +220,7 @@ def test_a_concatenated_label_is_seen_by_the_model_as_it_is_written():
     model.example_inputs = x
     bench = Bench(ForwardForward(skip=0), model, batch=Batch(x, y))
     found = bench.engine.goodnesses(bench.problem, bench.params, bench.state, x)["1"]
-    rows = torch.cat([scaled(x), SCALE * marks_of(torch.full((12,), 2), 3, x)], 1)
+    rows = torch.cat([scaled(x), SHARE * 2**0.5 * marks_of(torch.full((12,), 2), 3, x)], 1)
     assert torch.allclose(found[:, 2], model[2](model[1](rows)).square().sum(1), atol=tolerance("rounding64"))
 
 
@@ -415,3 +418,12 @@ def test_two_ranks_see_one_batch_with_dropout():
         for rank, start in enumerate((0, 6))
     ]
     assert apart({name: (parts[0][name] + parts[1][name]) / 2 for name in whole}, whole) <= EXACT
+
+
+@pytest.mark.parametrize("settings", [[], ["-s", "variant=collaboration", "-s", "schedule=sequential"]], ids=["joint", "sequential"])
+def test_the_command_line_trains_it_and_reports_every_read_out(settings, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # run folders
+    found = invoke("train", "--engine", "forward-forward", *settings, "--epochs", 1, "--batch-size", 256, "--quiet", "--json")
+    assert found.exit_code == 0, found.output
+    result = found.output.strip().splitlines()[-1]
+    assert all(f'"test_accuracy{readout}"' in result for readout in ("", "_goodness", "_last", "_probe", "_own"))

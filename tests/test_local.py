@@ -11,7 +11,6 @@ from local_bench import EXACT, KEY, Bench, apart, by_hand, data, mlp
 from tolerances import tolerance
 from torch import nn
 
-from altgrad import losses
 from altgrad.conformance import probes
 from altgrad.doctor import examine
 from altgrad.engines.blockwise import Blockwise
@@ -20,7 +19,8 @@ from altgrad.engines.local import Local
 from altgrad.engines.mono_forward import MonoForward
 from altgrad.errors import CapabilityError, DataError, SettingError, UsageError
 from altgrad.learner import Learner
-from altgrad.losses import Judged, LocalLoss, Site, flat, width
+from altgrad.local.losses import frame as losses
+from altgrad.local.losses.frame import Judged, LocalLoss, Site, flat, width
 from altgrad.problem import Batch
 from altgrad.samplers import AddressedSamplers
 

@@ -9,14 +9,15 @@ import torch.nn.functional as F
 from test_local import EXACT, KEY, Bench, apart, mlp, site
 from torch import nn
 
-from altgrad import trainer
+from altgrad import registry, trainer
 from altgrad.engines.deep_supervision import DeepSupervision
 from altgrad.engines.local import Local
+from altgrad.engines.predsim import PredSim as PredSimEngine
 from altgrad.errors import CapabilityError, SettingError
 from altgrad.learner import Learner
-from altgrad.local_losses import TABLE, ChannelGoodness, PredSim, Prototypes
-from altgrad.local_losses.predsim import embedded, similarities
-from altgrad.losses import Look
+from altgrad.local.losses import TABLE, ChannelGoodness, PredSim, Prototypes
+from altgrad.local.losses.frame import Look
+from altgrad.local.losses.predsim import embedded, similarities
 from altgrad.problem import Batch
 from altgrad.samplers import AddressedSamplers
 from altgrad.training import TrainSettings, build
@@ -125,6 +126,13 @@ def test_a_large_batch_run_in_parts_gives_the_gradient_of_the_whole(name):
     assert apart(parts, whole) <= EXACT
 
 
+def test_the_engine_predsim_is_local_with_its_loss():
+    settings = {"similarity": 0.25, "features": 4, "transform": False}
+    named, plain = (dict(Bench(engine).look().grads) for engine in (PredSimEngine(**settings), Local(loss="predsim", loss_settings=settings)))
+    assert set(named) == set(plain)
+    assert all(torch.equal(named[name], plain[name]) for name in named)
+
+
 # -- similarity matching ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,5 +234,8 @@ def test_it_learns_digits(name, accuracy):
     ],
 )
 def test_wrong_settings_of_a_loss_are_named(loss, settings, message):
+    if loss == "predsim":
+        with pytest.raises(SettingError, match=message):
+            registry.engine(loss, registry.split_pairs([settings]))
     with pytest.raises(SettingError, match=message):
         Local(loss=loss, loss_settings=settings)

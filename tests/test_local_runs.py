@@ -12,9 +12,9 @@ from altgrad import metrics, registry, trainer
 from altgrad.engines.mono_forward import MonoForward
 from altgrad.errors import CapabilityError, SettingError
 from altgrad.learner import Learner
+from altgrad.local.streaming import stream
 from altgrad.problem import Batch
 from altgrad.rng import Key
-from altgrad.streaming import stream
 from altgrad.training import TrainSettings, build
 from altgrad.world import World
 

@@ -10,7 +10,7 @@ from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 from torch.utils._pytree import tree_map
 
 from altgrad.kernels import noise
-from altgrad.labels import at_first
+from altgrad.local.labels import at_first
 from altgrad.problem import Batch, Problem
 from altgrad.problems.quadratic import Quadratic
 from altgrad.problems.supervised import Loss, Supervised
@@ -39,7 +39,6 @@ class Probe(Supervised):
     def batch(self, step: int, world: World) -> Batch:
         share = world.share(EXAMPLES)
         return Batch(tree_map(lambda leaf: leaf[share.start : share.stop], self.inputs), self.targets[share.start : share.stop], share.start)
-
 
     def with_label(self, x: Any, y: Tensor) -> Any:
         """A pattern of the label's is added to the inputs, which are too small to be written over."""

@@ -12,8 +12,10 @@ TABLE = {
     "local": "altgrad.engines.local:Local",
     "deep-supervision": "altgrad.engines.deep_supervision:DeepSupervision",
     "mono-forward": "altgrad.engines.mono_forward:MonoForward",
+    "predsim": "altgrad.engines.predsim:PredSim",
     "forward-forward": "altgrad.engines.forward_forward:ForwardForward",
     "feedback-alignment": "altgrad.engines.feedback_alignment:FeedbackAlignment",
     "direct-feedback-alignment": "altgrad.engines.direct_feedback_alignment:DirectFeedbackAlignment",
+    "equilibrium": "altgrad.engines.equilibrium:Equilibrium",
     "mixed": "altgrad.engines.mixed:Mixed",
 }

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from altgrad.chain import hold_to_model
 from altgrad.engine import Bias, Estimate, Tree
 from altgrad.engines.blockwise import option
 from altgrad.engines.local import Local
 from altgrad.errors import require
-from altgrad.local_step import Step
+from altgrad.local.chain import hold_to_model
+from altgrad.local.step import Step
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.world import World

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad import feedback as matrices
 from altgrad.blocks import chained
-from altgrad.chain import hold_to_model, mixing, sampling
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree, describe
 from altgrad.errors import CapabilityError, require
+from altgrad.local import feedback as matrices
+from altgrad.local.chain import hold_to_model, mixing, sampling
+from altgrad.local.streaming import stream
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
-from altgrad.streaming import stream
 from altgrad.world import World
 
 LARGEST = 2**28  # elements of one feedback matrix, 1 GiB in float32

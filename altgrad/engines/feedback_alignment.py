@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from altgrad import feedback as matrices
-from altgrad.chain import sampling
-from altgrad.detours import Detours
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree, describe
 from altgrad.errors import CapabilityError, SettingError, near_miss, require
+from altgrad.local import feedback as matrices
+from altgrad.local.chain import sampling
+from altgrad.local.detours import Detours
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.world import World

@@ -18,11 +18,11 @@ from torch import Tensor
 from altgrad.engine import Estimate, Needs, Tree, describe
 from altgrad.engines.blockwise import Blockwise, option
 from altgrad.errors import SettingError, ShapeError, near_miss, require
-from altgrad.goodness import LOSSES, Goodness
-from altgrad.labelled_step import PROBE, LabelledStep, marked, probed
-from altgrad.local_step import TRAINED, Step
-from altgrad.losses import FEATURES, drawn, width
-from altgrad.prefix import evaluating
+from altgrad.local.goodness import LOSSES, Goodness
+from altgrad.local.labelled_step import PROBE, LabelledStep, marked, probed
+from altgrad.local.losses.frame import FEATURES, drawn, width
+from altgrad.local.prefix import evaluating
+from altgrad.local.step import TRAINED, Step
 from altgrad.problem import Batch, Problem, first_tensor
 from altgrad.rng import Key
 from altgrad.world import World
@@ -57,7 +57,7 @@ class ForwardForward(Blockwise):
     others: str = option("all", "collaboration: whose goodness counts beside a block's own, 'all' others' or that of the blocks 'before'")
     gamma: float = option(1.0, "collaboration: weight of the others' goodness")
     peer: float = option(0.0, "weight of peer normalisation, which keeps units from falling silent (the forward-forward paper has 0.03)")
-    label_scale: float = option(6.0, "size of the label's mark, beside inputs whose mean square is 1")
+    label_scale: float = option(0.75, "size of the label's mark over the length of the input beside it")
     skip: int = option(1, "how many of the first blocks have no say in the read-out 'goodness'; all have one in 'network'")
 
     looks: ClassVar[type[Step]] = LabelledStep

@@ -1,4 +1,4 @@
-"""The engine `local`: a model's blocks trained by any of the local losses of altgrad.local_losses."""
+"""The engine `local`: a model's blocks trained by any of the local losses of altgrad.local.losses."""
 
 import re
 from collections.abc import Mapping
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from altgrad import local_losses as rules
 from altgrad import registry
 from altgrad.engines.blockwise import Blockwise, option
 from altgrad.errors import SettingError, near_miss
-from altgrad.losses import LocalLoss
+from altgrad.local import losses as rules
+from altgrad.local.losses.frame import LocalLoss
 
 
 @dataclass(frozen=True)
 class Local(Blockwise):
-    """Any local loss of altgrad.local_losses on every block but the last."""
+    """Any local loss of altgrad.local.losses on every block but the last."""
 
     loss: str = option("greedy", "the local loss: " + ", ".join(rules.TABLE))
     loss_settings: str = option("", "of the local loss, as features=512 (with , between them); " + rules.settings_of())

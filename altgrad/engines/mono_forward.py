@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from altgrad.engines.blockwise import Blockwise, option
-from altgrad.losses import FEATURES, LocalLoss
-from altgrad.losses import MonoForward as ProjectionLoss
+from altgrad.local.losses.frame import FEATURES, LocalLoss
+from altgrad.local.losses.frame import MonoForward as ProjectionLoss
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ TABLE = {
     "accuracy": "altgrad.problems.accuracy:Accuracy",
     "digits-graph": "altgrad.problems.digits_graph:DigitsGraph",
     "row-digits": "altgrad.problems.row_digits:RowDigits",
+    "hopfield-digits": "altgrad.problems.hopfield:HopfieldDigits",
     "rasterizer": "altgrad.problems.rasterizer:Rasterizer",
     "recurrence": "altgrad.problems.recurrence:Recurrence",
     "spiking-digits": "altgrad.problems.spiking:SpikingDigits",

@@ -17,7 +17,7 @@ from altgrad.credit import check as check_influence
 from altgrad.engine import Tree
 from altgrad.errors import CapabilityError, DataError, NumericsError, ShapeError, require
 from altgrad.forward_mode import apply, primal_of
-from altgrad.labels import joins_labels, marks_of, with_marks
+from altgrad.local.labels import joins_labels, marks_of, with_marks
 from altgrad.problem import Batch, Problem, first_tensor, not_finite
 from altgrad.rng import Key, permutation
 from altgrad.samplers import AddressedSamplers

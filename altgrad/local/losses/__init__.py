@@ -2,11 +2,11 @@
 
 from dataclasses import fields
 
-from altgrad.local_losses.channel_goodness import ChannelGoodness
-from altgrad.local_losses.predsim import PredSim
-from altgrad.local_losses.prototypes import Prototypes
-from altgrad.losses import TABLE as SIMPLE
-from altgrad.losses import LocalLoss
+from altgrad.local.losses.channel_goodness import ChannelGoodness
+from altgrad.local.losses.frame import TABLE as SIMPLE
+from altgrad.local.losses.frame import LocalLoss
+from altgrad.local.losses.predsim import PredSim
+from altgrad.local.losses.prototypes import Prototypes
 
 TABLE: dict[str, type[LocalLoss]] = {**SIMPLE, "predsim": PredSim, "channel-goodness": ChannelGoodness, "prototypes": Prototypes}
 

@@ -9,12 +9,12 @@ from torch import Tensor
 from altgrad.blocks import Block
 from altgrad.engine import Estimate, Tree
 from altgrad.errors import ShapeError
-from altgrad.losses import Look, Site
-from altgrad.prefix import evaluating, frozen_output
+from altgrad.local.losses.frame import Look, Site
+from altgrad.local.prefix import evaluating, frozen_output
+from altgrad.local.streaming import count_of, rows_of, stream
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
-from altgrad.streaming import count_of, rows_of, stream
 
 if TYPE_CHECKING:
     from altgrad.engines.blockwise import Blockwise

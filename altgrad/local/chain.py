@@ -7,10 +7,10 @@ import torch
 
 from altgrad.blocks import Block, alike, chained, replay
 from altgrad.engine import Tree
+from altgrad.local.streaming import independent
 from altgrad.problem import Batch, Problem
 from altgrad.rng import Key
 from altgrad.samplers import AddressedSamplers
-from altgrad.streaming import independent
 
 
 def sampling(problem: Problem, batch: Batch, key: Key) -> AddressedSamplers:

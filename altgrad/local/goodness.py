@@ -23,7 +23,7 @@ from torch import Tensor
 
 from altgrad.engine import Tree
 from altgrad.errors import require
-from altgrad.losses import Judged, LocalLoss, Look, Site, option
+from altgrad.local.losses.frame import Judged, LocalLoss, Look, Site, option
 
 EPSILON = 1e-8  # of the mean square: a silent row stays silent
 MEMORY = 0.9  # of the running mean activity

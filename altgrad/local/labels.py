@@ -8,6 +8,7 @@ m [K] marks the label: 1 for its class and 0 for the others, or 1/K for each whe
 are modules at the model's front: they take a plain tensor, which gets the marks of no label, or a Labelled one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,14 +64,18 @@ class LabelInput(nn.Module):
 
 
 class LabelOverlay(LabelInput):
-    """The marks in place of an input's first numbers."""
+    """The marks in place of an input's first numbers.
+
+    Args:
+        classes: how many there are; fewer than numbers.
+    """
 
     def join(self, inputs: Tensor, marks: Tensor) -> Tensor:
         return overlay(inputs, marks)
 
 
 class LabelConcat(LabelInput):
-    """The marks behind an input's numbers: vectors and sequences get `classes` features more, images as many constant channels.
+    """The marks behind an input's numbers: vectors and sequences get `classes` features more, images as many constant channels of the same length.
 
     Args:
         classes: how many there are.
@@ -90,9 +95,11 @@ class LabelConcat(LabelInput):
             label = torch.where(highest > marks.mean(1), label, self.classes)
             return torch.cat([(self.vocabulary + label).to(inputs.dtype)[:, None], inputs], 1)
         if inputs.ndim >= 4:  # [N, channels, …]
-            return torch.cat([inputs, marks.to(inputs)[(..., *(None for _ in inputs.shape[2:]))].expand(-1, -1, *inputs.shape[2:])], 1)
-        wide = marks.to(inputs) if inputs.ndim == 2 else marks.to(inputs)[:, None].expand(-1, inputs.shape[1], -1)
-        return torch.cat([inputs, wide], -1)
+            planes = marks.to(inputs) / math.sqrt(inputs[0, 0].numel())  # as long, all in all, as marks are
+            return torch.cat([inputs, planes[(..., *(None for _ in inputs.shape[2:]))].expand(-1, -1, *inputs.shape[2:])], 1)
+        if inputs.ndim == 3:
+            marks = (marks / math.sqrt(inputs.shape[1]))[:, None].expand(-1, inputs.shape[1], -1)
+        return torch.cat([inputs, marks.to(inputs)], -1)
 
 
 class LabelEmbed(LabelInput):
@@ -101,7 +108,7 @@ class LabelEmbed(LabelInput):
     Args:
         classes: how many there are.
         shape: of one example.
-        scale: standard deviation of the first patterns, > 0.
+        scale: length of the first patterns beside the marks, > 0.
     """
 
     def __init__(self, classes: int, shape: tuple[int, ...], *, scale: float = 1.0):
@@ -109,7 +116,7 @@ class LabelEmbed(LabelInput):
         require(scale > 0, "scale", scale, "a number > 0")
         self.shape = tuple(shape)
         first = noise.draw("normal", Key(0), tensor_id("altgrad.LabelEmbed"), [0], (classes, *self.shape))[0]
-        self.pattern = nn.Parameter((scale * first).flatten())  # of one axis: a layer with a matrix would be a block by itself
+        self.pattern = nn.Parameter((scale * first).flatten() / math.sqrt(max(1, first[0].numel())))  # one axis: a matrix would be a block
 
     def join(self, inputs: Tensor, marks: Tensor) -> Tensor:
         return inputs + (marks.to(self.pattern) @ self.pattern.view(self.classes, -1)).view(-1, *self.shape)

@@ -1,5 +1,6 @@
 """One step of a rule that judges inputs with labels: three rows an example, of which the heads are given the one without a label."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,13 +9,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from altgrad.engine import Estimate, Tree
-from altgrad.goodness import COPIES, Rows, normalised
-from altgrad.labels import at_first, marks_of, no_label, wrong_labels
-from altgrad.local_step import Step
-from altgrad.losses import FEATURES, accuracy, flat
+from altgrad.local.goodness import COPIES, Rows, normalised
+from altgrad.local.labels import at_first, marks_of, no_label, wrong_labels
+from altgrad.local.losses.frame import FEATURES, accuracy, flat
+from altgrad.local.step import Step
+from altgrad.local.streaming import count_of
 from altgrad.problem import Problem, first_tensor
 from altgrad.samplers import AddressedSamplers
-from altgrad.streaming import count_of
 
 IGNORED = -100  # the label that PyTorch's losses leave out
 PROBE = "probe."  # before the name of a block: a linear read-out of its activities, which the block does not follow
@@ -52,7 +53,8 @@ class LabelledStep(Step):
         like = first_tensor(batch.inputs)
         marks = (marks_of(labels, classes, like), marks_of(wrong, classes, like), no_label(len(labels), classes, like))
         inputs = prepared(batch.inputs)
-        parts = [self.problem.with_label(inputs, self.engine.label_scale * mark) for mark in marks]
+        scale = mark_of(like, self.engine.label_scale)
+        parts = [self.problem.with_label(inputs, scale * mark) for mark in marks]
         self.total = COPIES * len(labels)
         weight = known * (COPIES * len(labels) / known.sum().clamp_min(1))
         off = torch.zeros_like(weight)
@@ -98,6 +100,11 @@ def prepared(inputs: Any) -> Any:
     return at_first(inputs, lambda first: normalised(first) if first.is_floating_point() and first.ndim > 1 else first)
 
 
+def mark_of(inputs: Tensor, scale: float) -> float:
+    """The size of a mark beside inputs of mean square 1: `scale` times their length."""
+    return scale * math.sqrt(inputs.shape[1:].numel())
+
+
 def probed(activity: Tensor, params: Tree, name: str) -> Tensor:
     """What the probe of block `name` reads out of its activities [N, classes]."""
     return F.linear(flat(normalised(activity), FEATURES), params[f"{PROBE}{name}.weight"], params[f"{PROBE}{name}.bias"])
@@ -107,6 +114,7 @@ def marked(problem: Problem, inputs: Any, scale: float, classes: int, labels: ra
     """Rows of every input with each of `labels` in turn [labels · N], or of every input without one where there are none."""
     inputs = prepared(inputs)
     first = first_tensor(inputs)
+    scale = mark_of(first, scale)
     if not labels:
         return problem.with_label(inputs, scale * no_label(len(first), classes, first))
     every = [marks_of(torch.full((len(first),), label, device=first.device), classes, first) for label in labels]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from altgrad.engine import Tree
 from altgrad.errors import require
-from altgrad.losses import FEATURES, Judged, LocalLoss, Look, Site, accuracy, drawn, flat, option, width
+from altgrad.local.losses.frame import FEATURES, Judged, LocalLoss, Look, Site, accuracy, drawn, flat, option, width
 from altgrad.rng import Key
 
 TINY = 1e-8  # a length below which activities point nowhere

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from altgrad.engine import Tree
 from altgrad.errors import CapabilityError, SettingError, near_miss, require
-from altgrad.losses import Judged, LocalLoss, Look, Site, accuracy, option
+from altgrad.local.losses.frame import Judged, LocalLoss, Look, Site, accuracy, option
 from altgrad.rng import Key
 
 GOODNESS = ("square", "mean")

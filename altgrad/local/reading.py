@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from altgrad import linear_probe
 from altgrad.engine import Engine, Tree
 from altgrad.errors import NumericsError
-from altgrad.prefix import evaluating
+from altgrad.local import linear_probe
+from altgrad.local.prefix import evaluating
 from altgrad.problem import Problem
 
 CHUNK = 1000  # examples at a time
