@@ -31,7 +31,7 @@ PUBLIC = {
 }
 MODULES = ("implicit",)
 
-__all__ = ["__version__", *MODULES, *PUBLIC]
+__all__ = ["__version__", *PUBLIC]
 
 
 def __getattr__(name: str) -> Any:
@@ -51,4 +51,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *MODULES])
