@@ -12,8 +12,6 @@ from torch import Tensor
 from altgrad.errors import ShapeError
 from altgrad.kernels import scratch
 
-NEAR = 1 << 17  # numbers that stay in the processors' own caches
-
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, shared: bool, pairs: bool) -> Tensor:
     check(x, weight, bias, a, b, shared, pairs)
@@ -64,24 +62,15 @@ def _own(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, s
 
 
 def _single(flat: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, groups: int) -> Tensor:
-    """One row a member, rank 1: x b is a dot product each, for which a batched product would pay a call each.
-
-    Some members at a time, so that what is made and read again stays near the processor: the passes over x, a and b are the cost here.
-    """
+    """One row a member, rank 1: x b is a dot product each, for which a batched product would pay a call each."""
     outputs, count = weight.shape[0], len(a)
-    rows = flat.view(groups, count, -1)
-    starts = None if bias is None else bias.view(groups, count, outputs) if bias.ndim == 2 else bias.expand(groups, 1, outputs)
+    thin = (flat.view(groups, count, -1) * b).sum(2, keepdim=True)
+    if scale != 1:
+        thin.mul_(scale)
+    thin[1:].neg_()  # the second half of the pairs, where there are pairs
+    start = None if bias is None else bias if bias.ndim == 1 else bias.view(groups, count, outputs)
     out = scratch.empty((groups, count, outputs), flat.dtype, flat.device)
-    block = max(1, NEAR // max(1, groups * flat.shape[1]))
-    for first in range(0, count, block):
-        part = slice(first, first + block)
-        thin = (rows[:, part] * b[part]).sum(2, keepdim=True)  # [groups, block, 1]
-        for half in range(groups):
-            sign = -scale if half else scale
-            if starts is None:
-                torch.mul(thin[half] if sign == 1 else thin[half] * sign, a[part], out=out[half, part])
-            else:
-                torch.addcmul(starts[half] if starts.shape[1] == 1 else starts[half, part], thin[half], a[part], value=sign, out=out[half, part])
+    torch.mul(thin, a, out=out) if start is None else torch.addcmul(start, thin, a, out=out)
     return out.view(groups * count, outputs).addmm_(flat, weight.t())
 
 
