@@ -19,6 +19,14 @@ from altgrad.training import Training
 
 EPSILONS = (0.05, 0.1, 0.2)
 SHARED: dict[str, Any] = {"optimizer": "Adam", "schedule": "cosine"}
+HARD_SIGN: dict[str, Any] = {
+    "problem": "accuracy",
+    "problem_settings": {"batch_size": 64},
+    "model": "mlp",
+    "model_settings": {"hidden": "96", "activation": "sign"},
+    "engine": "likelihood-ratio",
+    "epochs": 30,
+}
 SGD: dict[str, Any] = {"optimizer": "SGD", "optimizer_settings": {"momentum": 0.9}, "warmup": 0.1}
 
 
@@ -49,28 +57,14 @@ ROWS: dict[str, dict[str, Any]] = {
     },
     "hard sign and 0/1": {
         "asked": "test accuracy >= 92 %; nothing is differentiable, so there is no backprop row and no FGSM",
-        "settings": {
-            "problem": "accuracy",
-            "problem_settings": {"batch_size": 64},
-            "model": "mlp",
-            "model_settings": {"hidden": "96", "activation": "sign"},
-            "engine": "likelihood-ratio",
-            "epochs": 30,
-        },
+        "settings": HARD_SIGN,
         "candidates": likelihood_ratio((3e-3, 1e-2, 2e-2), (0.5, 1.0, 2.0), copies=32, layerwise=True),
         "tuning_seeds": (10,),
         "fgsm": False,
     },
     "hard sign and 0/1, 8 copies": {
         "asked": "the first try, kept: two seeds of three below 92 %, after which the copies were raised and layers given noise one at a time",
-        "settings": {
-            "problem": "accuracy",
-            "problem_settings": {"batch_size": 64},
-            "model": "mlp",
-            "model_settings": {"hidden": "96", "activation": "sign"},
-            "engine": "likelihood-ratio",
-            "epochs": 30,
-        },
+        "settings": HARD_SIGN,
         "candidates": likelihood_ratio((3e-3, 1e-2, 3e-2), (0.25, 0.5, 1.0), copies=8),
         "tuning_seeds": (10, 11),
         "fgsm": False,

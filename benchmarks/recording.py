@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import platform
+import shlex
 import sys
 from datetime import date
 from typing import Any
@@ -19,7 +20,7 @@ def record(path: str | None, figures: dict[str, Any]) -> None:
     if path is None:
         return
     content = {
-        "command": "python " + " ".join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
+        "command": "python " + shlex.join([os.path.relpath(sys.argv[0]), *sys.argv[1:]]),
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__, "altgrad": altgrad.__version__},
         "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "cuda": torch.cuda.is_available()},
