@@ -84,7 +84,7 @@ ROWS = {
         "engine_settings": {"population": 256, "sigma": 0.05, "shaping": "centred-rank", "noise": "sign"},
         "lr": 1e-2,
         "schedule": "cosine",
-        "steps": 8000,
+        "steps": 12000,
     },
     "char-lm, backprop": {
         "asked": "beside it",
@@ -93,7 +93,7 @@ ROWS = {
         "engine": "backprop",
         "lr": 1e-2,
         "schedule": "cosine",
-        "steps": 8000,
+        "steps": 12000,
     },
 }
 
