@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import altgrad
-from altgrad import cli_bench, cli_checks, cli_compare, cli_es, cli_listings
+from altgrad import cli_bench, cli_checks, cli_compare, cli_es, cli_export, cli_listings
 from altgrad.cli_frame import Root, columns, emit, figures, note, percent
 from altgrad.cli_options import (
     FOLDER,
@@ -260,5 +260,5 @@ def show_results(results: dict[str, dict[str, Any]], *, as_json: bool) -> None:
         click.echo(columns(rows, HEADINGS))
 
 
-for command in (*cli_compare.COMMANDS, *cli_listings.COMMANDS, *cli_checks.COMMANDS, *cli_bench.COMMANDS, *cli_es.COMMANDS):
+for command in (*cli_compare.COMMANDS, *cli_listings.COMMANDS, *cli_checks.COMMANDS, *cli_bench.COMMANDS, *cli_export.COMMANDS, *cli_es.COMMANDS):
     cli.add_command(command)

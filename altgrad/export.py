@@ -8,7 +8,9 @@ look at is left out.
 
 import copy
 import inspect
+import io
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from altgrad.blocks import Block, Chain
-from altgrad.engine import Tree, describe
-from altgrad.errors import CapabilityError
+from altgrad.engine import Engine, Tree, describe
+from altgrad.errors import CapabilityError, SettingError
 from altgrad.local import readouts
 from altgrad.local.prefix import evaluating
 from altgrad.local.step import by_block, heads_trained
@@ -28,6 +30,46 @@ if TYPE_CHECKING:
     from altgrad.engines.blockwise import Blockwise
 
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def reading(engine: Engine, readout: str | None) -> Engine:
+    """`engine` with another read-out; itself for None.
+
+    Raises:
+        SettingError: it has one read-out only, or none of that name.
+    """
+    if readout is None:
+        return engine
+    if "readout" not in engine.settings():
+        raise SettingError(f"readout={readout!r} is not allowed: engine {engine.name} has one read-out, the model's own outputs; leave it out.")
+    return replace(engine, readout=readout)  # type: ignore[call-arg]
+
+
+def captured(module: nn.Module, inputs: Any, *, batch: int | None = None) -> bytes:
+    """The file that torch.export.load reads: `module` as a graph with its tensors, for any number of examples, or for `batch` of them alone.
+
+    Args:
+        module: what `engine.export` gives.
+        inputs: a few examples: a tensor or a tuple of them, whose first axes count examples.
+        batch: the only number of examples that it shall take; for modules that torch.export cannot capture otherwise.
+
+    Raises:
+        CapabilityError: torch.export cannot follow the module.
+    """
+    given = inputs if isinstance(inputs, tuple) else (inputs,)
+    rows = batch or max(2, len(given[0]))  # a size of 1 would be taken for a constant
+    given = tuple(leaf[:1].expand(rows, *leaf.shape[1:]).contiguous() for leaf in given)
+    axes: Any = tuple({0: torch.export.Dim("batch", min=1)} for _ in given)
+    if any(entry.kind is inspect.Parameter.VAR_POSITIONAL for entry in inspect.signature(module.forward).parameters.values()):
+        axes = (axes,)
+    file = io.BytesIO()
+    try:
+        program = torch.export.export(module, given, dynamic_shapes=None if batch else axes)
+        torch.export.save(program, file)
+    except Exception as error:  # whatever torch.export meets in somebody's model
+        advice = "Give batch (--batch N), the number of examples it shall take." if batch is None else "Use another read-out, or readout='own'."
+        raise CapabilityError(f"torch.export cannot follow this module ({type(error).__name__}: {str(error).strip().splitlines()[0]}). {advice}") from error
+    return file.getvalue()
 
 
 def whole(problem: Problem, params: Tree) -> nn.Module:
@@ -158,4 +200,4 @@ def pruned(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-__all__ = ["Reading", "joined", "whole"]
+__all__ = ["Reading", "captured", "joined", "reading", "whole"]

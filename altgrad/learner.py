@@ -3,18 +3,17 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from altgrad import registry
+from altgrad import export, registry
 from altgrad.credit import Influence
 from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
 from altgrad.engines.mixed import Mixed
 from altgrad.engines.spelling import parts_of
-from altgrad.errors import CheckpointError, DataError, NumericsError, SettingError, UsageError
+from altgrad.errors import CheckpointError, DataError, NumericsError, UsageError
 from altgrad.optimizers import wants_closure
 from altgrad.problem import Batch, first_tensor, not_finite
 from altgrad.problems.supervised import Supervised
@@ -200,12 +199,7 @@ class Learner:
         Raises:
             SettingError: no such read-out. CapabilityError: the read-out cannot be written without the rule.
         """
-        engine = self.engine
-        if readout is not None:
-            if "readout" not in engine.settings():
-                raise SettingError(f"readout={readout!r} is not allowed: engine {engine.name} has one read-out, the model's own outputs; leave it out.")
-            engine = replace(engine, readout=readout)  # type: ignore[call-arg]
-        found: nn.Module = engine.export(self.problem, self.tensors(), self.state)
+        found: nn.Module = export.reading(self.engine, readout).export(self.problem, self.tensors(), self.state)
         return found
 
     @contextmanager

@@ -230,17 +230,24 @@ def resume(run_folder: str | Path, *, fallback: bool = False, world: World | Non
     Raises:
         UsageError: no run folder. CheckpointError: a damaged or foreign checkpoint; nothing has been changed.
     """
+    training = opened(run_folder, fallback=fallback, world=world)
+    run = runs.find(run_folder)
+    if training.world.is_main:
+        run.truncate(training.step)
+    training.run = run
+    return training
+
+
+def opened(run_folder: str | Path, *, fallback: bool = False, world: World | None = None) -> Training:
+    """As `resume`, to look at only: the run folder is not written to, now or later."""
     run = runs.find(run_folder)
     training = build(TrainSettings.of(run.config()), world=world)
     before, now = run.environment(), runs.environment()
     changed = [f"{name} {before[name]} -> {now.get(name)}" for name in before if before[name] != now.get(name)]
     if changed:
-        warnings.warn(f"{run.folder} was made elsewhere ({', '.join(changed)}); resuming is bit-exact only where these agree.", stacklevel=2)
+        warnings.warn(f"{run.folder} was made elsewhere ({', '.join(changed)}); resuming is bit-exact only where these agree.", stacklevel=3)
     if checkpoint.available(run.checkpoints) or (run.checkpoints / checkpoint.LATEST).exists():
         restore(training, checkpoint.load_latest(run.checkpoints, fallback=fallback))
-    if training.world.is_main:
-        run.truncate(training.step)
-    training.run = run
     return training
 
 
