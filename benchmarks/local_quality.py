@@ -42,7 +42,7 @@ ROWS = {
     "fashion-mnist, feedback alignment 2x1000": row("beside it", "fashion-mnist", "feedback-alignment", TWO, 10),
     "fashion-mnist, deep supervision 2x1000": row("beside it", "fashion-mnist", "deep-supervision", TWO, 10),
     "fashion-mnist, backprop 2x1000": row("beside it", "fashion-mnist", "backprop", TWO, 10),
-    "mnist, forward-forward 3x1000": row(">= 98.0 %", "mnist", "forward-forward", THREE, 20),
+    "mnist, forward-forward 3x1000": row(">= 98.0 %", "mnist", "forward-forward", THREE, 40),
     "mnist, backprop 3x1000": row("beside it", "mnist", "backprop", THREE, 10),
     "fashion-mnist, forward-forward 3x1000": row("beside collaboration", "fashion-mnist", "forward-forward", THREE, 10),
     "fashion-mnist, collaboration 3x1000": row(
