@@ -42,6 +42,10 @@ class SingularError(NumericsError):
     """A linear system has no unique solution: its matrix is singular, exactly or to rounding."""
 
 
+class InfeasibleError(NumericsError):
+    """A constrained problem has no feasible point, or its objective no minimum."""
+
+
 class NotConvergedError(NumericsError):
     """A solver stopped before its tolerance was met, under strict=True."""
 

@@ -5,6 +5,7 @@
 where the two disagree the solver starts again from x while it gains.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from altgrad.errors import require
 
+ROOM = 16  # basis vectors that GMRES has room for at first
 Apply = Callable[[Tensor], Tensor]
 Inner = Callable[[Apply, Tensor, Tensor, int], tuple[Tensor, Tensor, int]]  # (apply, b, target norms, steps) -> (x, steps each took, products)
 RESTARTS = 20  # of the whole solver, each only if the residual has at least halved
@@ -81,7 +83,26 @@ def cg(apply: Apply, b: Tensor, *, tol: float, max_steps: int) -> tuple[Tensor, 
     return checked(apply, b, tol, max_steps, conjugate)
 
 
+def single(apply: Apply, b: Tensor, target: Tensor, max_steps: int) -> tuple[Tensor, Tensor, int]:
+    """CG of one system, its scalars numbers: a third of the operations."""
+    x = torch.zeros_like(b).flatten()
+    r = p = b.flatten()
+    aim, rho, products = target.item() ** 2, torch.dot(r, r).item(), 0
+    while products < max_steps and aim < rho < math.inf:
+        image = apply(p.view_as(b)).flatten()
+        products += 1
+        curvature = torch.dot(p, image).item()
+        if curvature == 0:
+            break
+        x, r = torch.add(x, p, alpha=rho / curvature), torch.sub(r, image, alpha=rho / curvature)
+        rho, before = torch.dot(r, r).item(), rho
+        p = torch.add(r, p, alpha=rho / before)
+    return x.view_as(b), torch.full_like(target, products, dtype=torch.int64), products
+
+
 def conjugate(apply: Apply, b: Tensor, target: Tensor, max_steps: int) -> tuple[Tensor, Tensor, int]:
+    if target.numel() == 1:
+        return single(apply, b, target, max_steps)
     x, r, p, rho = torch.zeros_like(b), b, b, dot(b, b)
     steps, products = torch.zeros_like(rho, dtype=torch.int64), 0
     active = rho.sqrt() > target
@@ -149,18 +170,24 @@ def arnoldi(apply: Apply, b: Tensor, target: Tensor, size: int) -> tuple[Tensor,
     kind: dict[str, Any] = {"dtype": b.dtype, "device": b.device}
     beta = torch.linalg.vector_norm(b, dim=-1, keepdim=True)
     active = beta > target
-    basis = torch.zeros(*lead, size + 1, b.shape[-1], **kind)
-    triangle = torch.zeros(*lead, size + 1, size, **kind)
-    turned = torch.zeros(*lead, size + 1, size + 1, **kind) + torch.eye(size + 1, **kind)  # the product of the Givens rotations so far
+    room = min(size, ROOM)  # grows as it fills: most systems need a few steps, and a batch's full basis does not fit in the cache
+    basis = torch.zeros(*lead, room + 1, b.shape[-1], **kind)
+    triangle = torch.zeros(*lead, room + 1, room, **kind)
+    turned = torch.zeros(*lead, room + 1, room + 1, **kind) + torch.eye(room + 1, **kind)  # the product of the Givens rotations so far
     basis[..., 0, :] = divided(b, beta, active)
     steps, taken = torch.zeros_like(beta, dtype=torch.int64), 0
     for j in range(size):
         if not bool(active.any()):
             break
+        if j == room:
+            more = min(size, 2 * room) - room
+            room += more
+            basis, triangle = torch.nn.functional.pad(basis, (0, 0, 0, more)), torch.nn.functional.pad(triangle, (0, more, 0, more))
+            turned = torch.nn.functional.pad(turned, (0, more, 0, more)) + torch.diag(torch.arange(room + 1, device=b.device) > j).to(b.dtype)
         w = apply(basis[..., j, :])
         taken, steps = j + 1, steps + active
         known = basis[..., : j + 1, :]
-        column = torch.zeros(*lead, size + 1, **kind)
+        column = torch.zeros(*lead, room + 1, **kind)
         length = torch.linalg.vector_norm(w, dim=-1, keepdim=True)
         for _ in range(2):  # classical Gram-Schmidt twice is orthogonal to rounding
             part = (known @ w.unsqueeze(-1)).squeeze(-1)

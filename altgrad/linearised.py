@@ -6,6 +6,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = Callable[[Tensor], Tensor]
 
@@ -24,10 +25,38 @@ def no_saved_hooks() -> Iterator[None]:
             machinery._push_saved_tensors_default_hooks(pack, unpack)
 
 
+def first_order() -> bool:
+    """Whether nothing differentiates or maps what happens here, so that a tape of its own will do, which costs a tenth of torch.func's."""
+    return not torch.is_grad_enabled() and torch._C._functorch.maybe_current_level() is None and forward_ad._current_level < 0
+
+
 def pullback(function: Callable, *points: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
     """(f(x), u -> Aᵀ u); a point that f does not use gives zeros."""
+    if first_order():
+        leaves, value = taped(function, *points)
+        return value.detach(), lambda u: swept(value, leaves, u)
     value, pull = torch.func.vjp(function, *points)[:2]
     return value, pull
+
+
+def taped(function: Callable, *points: Tensor) -> tuple[list[Tensor], Tensor]:
+    """(leaves, f(leaves)) with the graph between them."""
+    leaves = [point.detach().requires_grad_() for point in points]
+    with torch.enable_grad():
+        return leaves, function(*leaves)
+
+
+def swept(value: Tensor, leaves: list[Tensor], u: Tensor, *, rows: bool = False) -> tuple[Tensor, ...]:
+    """Aᵀ u by a reverse pass over a tape; for many u at once, along the first axis, with `rows`."""
+    if not value.requires_grad:
+        return tuple(leaf.new_zeros(*u.shape[:1] if rows else (), *leaf.shape) for leaf in leaves)
+    if rows:
+        found = torch.autograd.grad(value, leaves, u, retain_graph=True, allow_unused=True, is_grads_batched=True)
+    else:  # what torch.autograd.grad does behind its checks, which cost as much as the pass itself for a small system
+        found = torch.autograd.Variable._execution_engine.run_backward(
+            (value,), (u,), True, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
+        )
+    return tuple(leaf.new_zeros(*u.shape[:1] if rows else (), *leaf.shape) if one is None else one for one, leaf in zip(found, leaves, strict=True))
 
 
 def pushforward(function: Callable, *points: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -58,18 +87,37 @@ class Linearised:
 
     def __init__(self, function: Function, point: Tensor, *, columns: int = 0):
         self.point, self.columns = point, columns
-        self.value, self.pull = pullback(function, point)
+        self.function = function
+        self.tape: tuple[list[Tensor], Tensor] | None = None
+        if columns == 0 and first_order():  # vectors of more axes are mapped by torch.func, which needs a tape of its kind
+            self.tape = taped(function, point)
+            leaves, value = self.tape
+            self.value, self.pull = value.detach(), lambda u: swept(value, leaves, u)
+        else:
+            self.value, self.pull = torch.func.vjp(function, point)[:2]
 
     @cached_property
-    def push(self) -> Callable[[Tensor], tuple[Tensor]]:
+    def push(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        if self.tape is not None:
+            leaves, value = self.tape
+            if not value.requires_grad:
+                return lambda v: (torch.zeros_like(v),)
+            with torch.enable_grad():
+                u = torch.zeros_like(value).requires_grad_()
+                (linear,) = torch.autograd.grad(value, leaves, u, create_graph=True, allow_unused=True)
+            return lambda v: swept(linear, [u], v) if linear is not None else (torch.zeros_like(v),)
         return torch.func.vjp(lambda u: self.pull(u)[0], torch.zeros_like(self.value))[1]
 
     def product(self, v: Tensor) -> Tensor:
         """A v."""
+        if self.columns == 0:
+            return self.push(v)[0]
         return over_columns(lambda one: self.push(one)[0], self.columns)(v)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Aᵀ u."""
+        if self.columns == 0:
+            return self.pull(u)[0]
         return over_columns(lambda one: self.pull(one)[0], self.columns)(u)
 
     def dense(self) -> Tensor:
@@ -77,6 +125,11 @@ class Linearised:
         size, lead = self.point.shape[-1], self.point.shape[:-1]
         eye = torch.eye(size, dtype=self.point.dtype, device=self.point.device)
         rows = eye.reshape(size, *[1] * len(lead), size).expand(size, *lead, size)
+        if self.tape is not None:
+            try:
+                return swept(self.tape[1], self.tape[0], rows, rows=True)[0].movedim(0, -2)
+            except RuntimeError:  # an operation of F without the older rule for batches, another root's say
+                return Linearised(self.function, self.point, columns=1).dense()
         return torch.func.vmap(lambda row: self.pull(row)[0])(rows).movedim(0, -2)
 
 

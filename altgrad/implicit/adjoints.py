@@ -146,7 +146,7 @@ def dense(
             if not halved:
                 break
         wanted = torch.maximum(tol * scale, rounding(cache[name][2], y))
-        if fresh or not bool((size > wanted).any()):
+        if fresh or bool((size <= wanted).all()):
             break
         del cache[name]
     relative = torch.where(scale > 0, size / torch.where(scale > 0, scale, 1.0), size).squeeze(-1)

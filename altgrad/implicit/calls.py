@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from altgrad.errors import SettingError, ShapeError, require
 from altgrad.fixed_point import Goal, Method, method
 from altgrad.implicit.adjoints import SERIES, parse
-from altgrad.implicit.closing import closed, own
+from altgrad.implicit.closing import closed, inside_another, own
 from altgrad.implicit.equation import Equation, Info, Theta
 from altgrad.implicit.layout import Layout
 from altgrad.implicit.rule import Solution, nested_forward_refused
-from altgrad.implicit.traced import replayed, series
+from altgrad.implicit.traced import replayed, series, watch
 
 DEFAULT_TOL = {torch.float64: 1e-10, torch.float32: 1e-6}
 
@@ -110,7 +110,11 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
     leaves, spec = tree_flatten(params)
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
+    plain = all(isinstance(param, Tensor) for param in params)
+
     def arguments(theta: Theta) -> Any:
+        if plain:
+            return theta[: len(places)]
         full = list(leaves)
         for index, value in zip(places, theta, strict=False):
             full[index] = value
@@ -132,7 +136,7 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
         return found - x if fixed else found
 
     def own_solver(x: Tensor, theta: Theta) -> Tensor:
-        with swap(theta[len(places) :]):
+        with swap(theta[len(places) :], whole=False):
             found = solver(value, layout.tree(x), *arguments(theta))
         layout.check(found, "the solver")
         return layout.flat(found)
@@ -149,19 +153,34 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
         info=report,
     )
     theta = tuple([leaves[index] for index in places] + outside)
-    if torch._C._len_torch_function_stack() > 0:  # F of an outer call: let it see, and swap, what this one uses
-        theta = tuple(tensor.view_as(tensor) for tensor in theta)
-    nested_forward_refused(*theta)
     if way.exact:
-        x = Solution.apply(equation, guess, *theta)
-        own(x)
+        x = differentiable(equation, guess, theta)
     else:
-        held = Solution.apply(equation, guess, *(tensor.detach() for tensor in theta))
-        own(held)
+        theta = seen(theta)
+        held = differentiable(equation, guess, tuple(tensor.detach() for tensor in theta))
         x = series(equation, held, theta) if way.name in SERIES else replayed(equation, guess, held, theta)
+        if info:
+            watch(equation, x, held, theta)
     solution = layout.tree(x)
     outputs = [solution, *([function(solution, *params)[1]] if has_aux else []), *([report] if info else [])]
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def seen(theta: Theta) -> Theta:
+    """θ through an operation, inside the F of an outer call: let it see, and swap, what this one uses."""
+    return tuple(tensor.view_as(tensor) for tensor in theta) if inside_another() else theta
+
+
+def differentiable(equation: Equation, guess: Tensor, theta: Theta) -> Tensor:
+    """x(θ) of an equation, with its derivative.
+
+    Errors: CapabilityError where forward mode is nested.
+    """
+    theta = seen(theta)
+    nested_forward_refused(*theta)
+    x = Solution.apply(equation, guess, *theta)
+    own(x)
+    return x
 
 
 def custom_root(function: Callable[..., Any], **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

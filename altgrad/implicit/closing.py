@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.errors import CapabilityError
+from altgrad.forward_mode.dual import Dual
 
 functorch = torch._C._functorch
 
@@ -33,7 +34,9 @@ def carries(tensor: Tensor, level: int) -> bool:
         return functorch.is_functorch_wrapped_tensor(tensor) and max(levels(tensor)) <= level
     if functorch.is_functorch_wrapped_tensor(tensor):
         return max(levels(tensor)) <= level
-    return tensor.requires_grad or forward_ad._current_level >= 0  # its tangent cannot be asked for at every level of torch.func: take it to have one
+    return (
+        tensor.requires_grad or isinstance(tensor, Dual) or forward_ad._current_level >= 0
+    )  # its tangent cannot be asked for at every level of torch.func: take it to have one
 
 
 searching = threading.local()  # .finders: those at work in this thread, outermost first
@@ -43,6 +46,18 @@ def own(tensor: Tensor) -> None:
     """Tell the finders at work that `tensor` was made inside: the output of a custom rule passes no mode."""
     for finder in getattr(searching, "finders", ()):
         finder.made[id(tensor)] = tensor
+
+
+def inside_another() -> bool:
+    """Whether this runs inside the F of an outer call: other modes (samplers, say) put no tensor in another's place."""
+    return any(isinstance(mode, (Finder, Swapper)) for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def swapped(swap: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[Any, Any]:
+    """`args` and `kwargs` with each leaf put through `swap`; most operations hold no container, and need no walk."""
+    if not kwargs and not any(isinstance(arg, list | tuple | dict) for arg in args):
+        return tuple([swap(arg) for arg in args]), {}
+    return tree_map(swap, (args, kwargs or {}))
 
 
 class Finder(TorchFunctionMode):
@@ -55,9 +70,9 @@ class Finder(TorchFunctionMode):
         self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # the tensor that F names, what it stands for, its detached value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(self.swap, (args, kwargs or {}))
+        args, kwargs = swapped(self.swap, args, kwargs)
         result = func(*args, **kwargs)
-        for leaf in tree_leaves(result):
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self.made[id(leaf)] = leaf
         return result
@@ -69,7 +84,7 @@ class Finder(TorchFunctionMode):
             return self.found[id(value)][-1]
         # Inside the F of an outer call that call's mode is at work too: what it puts in this place is what counts. It does so in any operation, and
         # only while that F runs, so here every tensor is taken.
-        nested = torch._C._len_torch_function_stack() > 0
+        nested = inside_another()
         actual = value.view_as(value) if nested else value
         if not nested and not carries(actual, self.level):
             return value
@@ -82,13 +97,18 @@ class Finder(TorchFunctionMode):
 class Swapper(TorchFunctionMode):
     """Puts given values in the place of outside tensors."""
 
-    def __init__(self, places: dict[int, int], values: Sequence[Tensor]):
+    def __init__(self, places: dict[int, int], values: Sequence[Tensor], *, whole: bool = False):
         super().__init__()
-        self.places, self.values = places, values
+        self.places, self.values, self.whole = places, values, whole
         self.met: set[int] = set()
 
+    def __exit__(self, kind: Any, *rest: Any) -> None:
+        super().__exit__(kind, *rest)
+        if self.whole and kind is None and len(self.met) < len(self.places):
+            raise replaced(len(self.places) - len(self.met))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(self.swap, (args, kwargs or {}))
+        args, kwargs = swapped(self.swap, args, kwargs)
         return func(*args, **kwargs)
 
     def swap(self, value: Any) -> Any:
@@ -98,7 +118,7 @@ class Swapper(TorchFunctionMode):
         return self.values[self.places[id(value)]]
 
 
-def closed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tensor], Callable[[Sequence[Tensor]], AbstractContextManager[Any]]]:
+def closed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tensor], Callable[..., AbstractContextManager[Any]]]:
     """(f(*args), the outside tensors it uses, values -> a context in which those values take their place).
 
     Args:
@@ -130,9 +150,10 @@ def closed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tensor],
             if id(original) not in again.met:
                 raise lost(original)
 
-    def swap(values: Sequence[Tensor]) -> AbstractContextManager[Any]:
+    def swap(values: Sequence[Tensor], *, whole: bool = True) -> AbstractContextManager[Any]:
+        """`whole`: what runs inside is the function, which must meet every one of them again."""
         assert len(values) == len(originals)  # and `originals` stay alive here, which keeps their ids theirs
-        return Swapper(places, values) if places else nullcontext()
+        return Swapper(places, values, whole=whole) if places else nullcontext()
 
     return result, outside, swap
 
@@ -141,6 +162,14 @@ def lost(tensor: Tensor) -> CapabilityError:
     return CapabilityError(
         f"a tensor of shape {tuple(tensor.shape)} that carries a derivative takes part where it cannot be seen (a scripted function, or an autograd.Function "
         "of your own), and its gradient would be lost. Write that part in plain PyTorch operations, or detach it."
+    )
+
+
+def replaced(count: int) -> CapabilityError:
+    return CapabilityError(
+        f"{count} of the outside tensors that the function used at first are not those that it uses now, and their gradients would be lost. This happens where "
+        "torch.func.functional_call has put a module's own parameters back before the backward pass: take them when the function is made, "
+        "values = dict(module.named_parameters()), and call functional_call(module, values, ...) inside it, or hand them in as arguments."
     )
 
 

@@ -27,13 +27,21 @@ class Info:
     adjoint: AdjointInfo | None = None
 
 
+class Informed:
+    """A solver that looks at θ rather than at F: every θ has x's batch axes in front, those of vmap included."""
+
+    def solve(self, theta: Theta, goal: Goal) -> tuple[Tensor, Outcome]:
+        """x and how it went."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Equation:
     """F(x, θ) = 0 for x [*batch, n], block diagonal over the batch.
 
     Args:
         function: (x, θ) -> F, of x's shape.
-        solver: a method, or (x₀, θ) -> x of one example.
+        solver: a method, one that looks at θ, or (x₀, θ) -> x of one example.
         goal: when the solver stops.
         adjoint: how linear systems with dF/dx are solved.
         adjoint_tol, adjoint_steps: their relative residual, and iterations at most (None: 10 n + 100).
@@ -45,7 +53,7 @@ class Equation:
     """
 
     function: Callable[[Tensor, Theta], Tensor]
-    solver: Method | Callable[[Tensor, Theta], Tensor]
+    solver: Method | Informed | Callable[[Tensor, Theta], Tensor]
     goal: Goal
     adjoint: Adjoint
     adjoint_tol: float
@@ -61,7 +69,7 @@ class Equation:
         key = (size, tuple(dims))
         if key not in self.offspring:
             mapped = torch.func.vmap(self.function, in_dims=(0, tuple(dims)))
-            solver = self.solver if isinstance(self.solver, Method) else each(self.solver, dims)
+            solver = self.solver if isinstance(self.solver, Method | Informed) else each(self.solver, dims)
             self.offspring[key] = replace(self, function=mapped, solver=solver, factors={}, offspring={})
         return replace(self.offspring[key], columns=self.columns)
 
@@ -75,6 +83,8 @@ class Equation:
         residual = lambda x: self.function(x, theta)  # noqa: E731
         if isinstance(self.solver, Method):
             found, outcome = self.solver.solve(residual, x.detach(), self.goal)
+        elif isinstance(self.solver, Informed):
+            found, outcome = self.solver.solve(theta, self.goal)
         else:
             with torch.enable_grad():
                 found = self.solver(x.detach(), theta).detach()
@@ -85,7 +95,7 @@ class Equation:
         self.info.residual, self.info.iterations, self.info.converged = outcome.residual, outcome.iterations, outcome.converged
         if not bool(outcome.converged.all()):
             worst = float(outcome.residual.nan_to_num(nan=torch.inf).max())
-            name = type(self.solver).__name__ if isinstance(self.solver, Method) else "the solver given"
+            name = type(self.solver).__name__ if isinstance(self.solver, Method | Informed) else "the solver given"
             complain(
                 f"{name} did not converge for {int((~outcome.converged).sum())} of {outcome.converged.numel()} examples: residual {worst:.1e} after "
                 f"{int(outcome.iterations.max())} iterations, tol {self.goal.tol:.1e}. x solves nothing there and its derivative means little; raise "

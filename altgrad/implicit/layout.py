@@ -42,10 +42,14 @@ class Layout:
 
     def flat(self, tree: Any) -> Tensor:
         """[*batch, n]."""
+        if isinstance(tree, Tensor):
+            return tree.reshape(*self.batch, self.sizes[0])
         leaves = tree_flatten(tree)[0]
         return torch.cat([leaf.reshape(*self.batch, size) for leaf, size in zip(leaves, self.sizes, strict=True)], -1)
 
     def tree(self, flat: Tensor) -> Any:
+        if self.spec.is_leaf():
+            return flat.reshape(self.shapes[0])
         return tree_unflatten([part.reshape(shape) for part, shape in zip(flat.split(self.sizes, -1), self.shapes, strict=True)], self.spec)
 
     def check(self, tree: Any, what: str) -> None:

@@ -9,6 +9,8 @@ linear system goes through `Inverse`, whose derivative is again `Inverse`. Produ
 Source: the implicit function theorem; Blondel et al., arXiv 2105.15183, for decoupling it from the solver.
 """
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +28,8 @@ def nested_forward_refused(*tensors: Tensor) -> None:
 
     Errors: CapabilityError.
     """
+    if torch._C._functorch.maybe_current_level() is None:
+        return
     from torch._functorch.pyfunctorch import TransformType, retrieve_all_functorch_interpreters
 
     forward = {interpreter.level() for interpreter in retrieve_all_functorch_interpreters() if interpreter.key() == TransformType.Jvp}
@@ -35,6 +39,24 @@ def nested_forward_refused(*tensors: Tensor) -> None:
             f"forward mode is nested {len(forward)} deep around an implicit solution (jacfwd of jacfwd, jvp of jvp); PyTorch would return zero for it. "
             "Use reverse mode inside or outside: jacfwd(jacrev(f)), which is torch.func.hessian, or jacrev(jacrev(f))."
         )
+
+
+def nesting_explained(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule whose failure inside PyTorch, where a root's function holds another root under two torch.func transforms, is an error that says what to do."""
+
+    @functools.wraps(rule)
+    def explained(*args: Any) -> Any:
+        try:
+            return rule(*args)
+        except RuntimeError as error:
+            if "INTERNAL ASSERT FAILED" not in str(error):
+                raise
+            raise CapabilityError(
+                "PyTorch cannot take this second derivative: a root inside another root's function, under nested torch.func transforms, stops it with an "
+                "internal error. Use torch.autograd.grad(..., create_graph=True), whose second derivative is right there, or solve both equations as one."
+            ) from error
+
+    return explained
 
 
 def floats(theta: Theta) -> list[int]:
@@ -87,6 +109,7 @@ class Solution(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[2:])
 
     @staticmethod
+    @nesting_explained
     def backward(ctx: Any, bar: Tensor) -> Any:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         theta = tuple(rest)
@@ -100,6 +123,7 @@ class Solution(torch.autograd.Function):
         return None, torch.zeros_like(bar) if ctx.needs_input_grad[1] else None, *bars
 
     @staticmethod
+    @nesting_explained
     def jvp(ctx: Any, _: Any, start_dot: Tensor | None, *theta_dot: Tensor | None) -> Tensor:  # type: ignore[override]
         x, *rest = ctx.saved_tensors
         theta = tuple(rest)
@@ -130,6 +154,7 @@ class Inverse(torch.autograd.Function):
         ctx.save_for_forward(output, *inputs[3:])
 
     @staticmethod
+    @nesting_explained
     def backward(ctx: Any, bar: Tensor) -> Any:  # type: ignore[override]
         y, x, *rest = ctx.saved_tensors
         equation, theta = ctx.equation, tuple(rest)
@@ -150,6 +175,7 @@ class Inverse(torch.autograd.Function):
         return None, None, b_bar if ctx.needs_input_grad[2] else None, x_bar, *bars
 
     @staticmethod
+    @nesting_explained
     def jvp(ctx: Any, _equation: Any, _transpose: Any, b_dot: Tensor | None, x_dot: Tensor | None, *theta_dot: Tensor | None) -> Tensor:  # type: ignore[override]
         y, x, *rest = ctx.saved_tensors
         equation, theta = ctx.equation, tuple(rest)
@@ -173,3 +199,7 @@ class Inverse(torch.autograd.Function):
         batched, moved = mapped(equation, info.batch_size, in_dims[4:], theta)
         front = front.movedim(0, equation.columns)
         return Inverse.apply(batched, transpose, front, to_front(x, in_dims[3], info.batch_size), *moved), equation.columns
+
+
+for rule in (Solution, Inverse):  # torch.autograd.Function.apply asks for it at every call, and finding it takes as long as a small solve
+    rule.forward.__signature__ = inspect.signature(rule.forward)  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from altgrad.errors import CapabilityError, SettingError
 from altgrad.fixed_point import Iteration, Newton
+from altgrad.implicit.adjoints import AdjointInfo
 from altgrad.implicit.equation import Equation, Theta
 from altgrad.linearised import Linearised
 
@@ -44,6 +45,36 @@ def series(equation: Equation, x: Tensor, theta: Theta) -> Tensor:
     for _ in range({"neumann": k + 1, "jfb": 1}.get(name, k)):
         moved = moved + tau * equation.function(moved, theta)
     return with_value(x, moved)
+
+
+def watch(equation: Equation, x: Tensor, held: Tensor, theta: Theta) -> None:
+    """Fill `info.adjoint` when a reverse pass comes through x: how far the series' u is from (1 − J)ᵀ u = x̄, at the cost of as many products again.
+
+    Not for unroll and checkpoint, which are as exact as their steps, nor for truncated Newton, nor under torch.func transforms: there it stays None.
+    """
+    name, k, tau = equation.adjoint.name, equation.adjoint.k, equation.adjoint.tau
+    if name == "truncated" and isinstance(equation.solver, Iteration):
+        tau = equation.solver.damping
+    elif name not in ("neumann", "jfb", "phantom"):
+        return
+    if torch._C._functorch.maybe_current_level() is not None or not x.requires_grad:
+        return
+    count = {"neumann": k + 1, "jfb": 1}.get(name, k)
+
+    def measured(bar: Tensor) -> None:
+        with torch.no_grad():
+            tangent = equation.tangent(held.detach(), tuple(tensor.detach() for tensor in theta))
+            u = term = tau * bar.detach()
+            for _ in range(count - 1):
+                term = term + tau * tangent.transposed(term)  # (τ J + 1 − τ)ᵀ of it, for A = J − 1
+                u = u + term
+            scale = torch.linalg.vector_norm(bar, dim=-1)
+            off = torch.linalg.vector_norm(bar + tangent.transposed(u), dim=-1)
+            relative = torch.where(scale > 0, off / torch.where(scale > 0, scale, 1.0), off)
+        steps = torch.full_like(relative, count, dtype=torch.int64)
+        equation.info.adjoint = AdjointInfo(name, relative, steps, relative <= equation.adjoint_tol, count)
+
+    x.register_hook(measured)
 
 
 def replayed(equation: Equation, start: Tensor, x: Tensor, theta: Theta) -> Tensor:

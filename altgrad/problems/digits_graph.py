@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from altgrad import data, models
+from altgrad import data, models, registry
 from altgrad.errors import UsageError, require
 from altgrad.graphs import GraphNetwork, nearest_neighbours, normalised
+from altgrad.implicit.networks import ConvergentGraph
 from altgrad.problems.images import cross_entropy_of_each
 from altgrad.problems.supervised import Supervised
 from altgrad.rng import Key, permutation
@@ -52,18 +53,24 @@ class DigitsGraph:
         """The problem; `key` addresses the first weights, which nodes have labels, and their order.
 
         Raises:
-            UsageError: a model is named; the graph network is the problem's own.
+            UsageError: a model other than graph-solver is named; the graph network is the problem's own.
             SettingError: more neighbours than nodes, or a share of labels that leaves no node.
         """
-        if model or model_settings:
-            raise UsageError(f"digits-graph has its own model, but model={model or dict(model_settings or {})!r} was given; set hidden, k or whole.")
+        if model not in (None, "graph-solver") or (model_settings and not model):
+            raise UsageError(
+                f"digits-graph has its own model, but model={model or dict(model_settings or {})!r} was given; set hidden, k or whole, or take graph-solver."
+            )
         digits = data.load("digits", data_dir=data_dir)
         features, labels = torch.cat([digits.train_inputs, digits.test_inputs]), torch.cat([digits.train_targets, digits.test_targets])
         training = len(digits.train_inputs)
         count = round(self.labelled * training)
         require(count >= 1, "labelled", self.labelled, f"at least {1 / training:.1g}, one of {training} training nodes")
         graph = normalised(nearest_neighbours(features, self.k))
-        network = GraphNetwork(features, graph, hidden=self.hidden, classes=digits.classes, whole=self.whole)
+        network: nn.Module
+        if model:
+            network = registry.build(ConvergentGraph, model_settings or {}, f"model {model}").on(features, graph, digits.classes)
+        else:
+            network = GraphNetwork(features, graph, hidden=self.hidden, classes=digits.classes, whole=self.whole)
         models.initialise(network, key)
         order = torch.from_numpy(permutation(key.fold("labels"), "labelled", training).copy())
         seen, tested = order[:count], torch.arange(training, len(labels))
