@@ -1,4 +1,4 @@
-r"""How far an estimate points from backprop's gradient.
+r"""How far an estimate points from backprop's gradient, or from the exact one that its engine names (Engine.exact).
 
 With ĝ_k the estimate under key k and g the gradient (both under the same dropout mask):
 
@@ -73,7 +73,7 @@ def alignment(engine: Engine, problem: Problem, params: Tree, batch: Batch, keys
     state = engine.init(problem, params, keys[0]) if state is None else state
     sums: dict[str, Tensor] = {}
     for key in keys:
-        _, exact = exact_gradient(problem, params, batch, key)
+        exact = engine.exact(problem, params, batch, key) or exact_gradient(problem, params, batch, key)[1]
         found = engine.estimate(problem, params, state, batch, key, World()).grads
         for name, row in products(found, exact).items():
             sums[name] = sums[name] + row if name in sums else row

@@ -66,6 +66,7 @@ class CompareSettings:
     problem_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the problem"})
     model: str | None = option(None, "name, or package.module:callable; none for the problem's own")
     model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
+    quantize: dict[str, Any] = field(default_factory=dict, metadata={"help": "quantisers put on the model, the same for every engine; none if empty"})
     engines: tuple[Choice, ...] = option((), "(label, engine, settings) of every rule; the backprop baselines are added")
     baselines: tuple[str, ...] = option(
         tuple(choice.label for choice in ALL), "which baselines; backprop itself always, deep supervision beside local losses only"
@@ -134,6 +135,7 @@ class CompareSettings:
             problem_settings={**self.problem_settings, **sizes},
             model=self.model,
             model_settings=self.model_settings,
+            quantize=self.quantize,
             engine=choice.engine,
             engine_settings=dict(choice.settings),
             optimizer=own.get("optimizer", self.optimizer),
@@ -353,6 +355,8 @@ class Cost(NamedTuple):
     peak_memory_bytes: int
     saved_bytes: int
     cosine: float | None
+    cosines: dict[str, float]  # by parameter
+    metrics: dict[str, float]  # what the rule says of the estimate, its cost aside
 
 
 def measure(training: Training) -> Cost:
@@ -363,7 +367,9 @@ def measure(training: Training) -> Cost:
     def estimate() -> dict[str, torch.Tensor]:
         return dict(engine.estimate(problem, values, training.state, batch, training.key, training.world).grads)
 
-    estimate()  # compilation and caches are not part of a step
+    # The first one is not measured: compilation and caches are not part of a step.
+    told = engine.estimate(problem, values, training.state, batch, training.key, training.world).metrics
+    metrics = {name: float(value) for name, value in told.items() if name not in {"forwards", "backwards"}}
     given = [*values.values(), *training.state.values(), *(leaf for leaf in tree_leaves(batch) if isinstance(leaf, torch.Tensor))]
     with saved_bytes(given) as saved:
         estimate()
@@ -379,11 +385,12 @@ def measure(training: Training) -> Cost:
         with live_bytes(given) as live:
             grads = estimate()
         peak = live.peak_without(grads.values())
-    cosine = None
+    cosine, cosines = None, {}
     if problem.differentiable:
         keys = [training.key.fold("alignment").at(draw) for draw in range(DRAWS)]
-        cosine = float(alignment(engine, problem, values, batch, keys, state=training.state)["cosine"])
-    return Cost(max(0, peak), saved.peak, cosine)
+        found = alignment(engine, problem, values, batch, keys, state=training.state)
+        cosine, cosines = float(found["cosine"]), {name: float(layer["cosine"]) for name, layer in found["layers"].items()}
+    return Cost(max(0, peak), saved.peak, cosine, cosines, metrics)
 
 
 def row_of(choice: Choice, outcomes: Sequence[Outcome], tuning: Mapping[float, Outcome], cost: Cost, *, best: str | None = None) -> Row:

@@ -35,6 +35,8 @@ class Row:
     curves: list[list[dict[str, Any]]]  # of every seed: step, forwards, backwards, seconds, test_accuracy, test_loss
     fgsm: dict[str, list[float | None]] = field(default_factory=dict)  # epsilon -> accuracy under FGSM of every seed; none: it had no direction
     readouts: dict[str, list[float | None]] = field(default_factory=dict)  # read-out, block or probe -> test accuracy of every seed; none: not read out
+    cosines: dict[str, float] = field(default_factory=dict)  # parameter -> cosine of its estimate to its gradient, at the first weights
+    metrics: dict[str, float] = field(default_factory=dict)  # what the rule says of its first estimate, its cost aside
     best_readout: str | None = None  # what "best" stands for: chosen on held-out training data; none where nothing was tuned
 
     @property

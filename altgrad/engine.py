@@ -115,6 +115,10 @@ class Engine:
         """The loss on `batch` and an estimate of its gradient with respect to `params`; pure."""
         raise NotImplementedError
 
+    def exact(self, problem: "Problem", params: Tree, batch: "Batch", key: Key) -> Tree | None:
+        """The gradient that estimates are held to where autograd's of the problem's losses is not it (a state that has come to rest, not so many sweeps)."""
+        return None
+
     def predict(self, problem: "Problem", params: Tree, state: Tree, inputs: Any) -> Any:
         """The engine's own read-out; most engines read the model's outputs."""
         return problem.forward(params, inputs, problem.buffers())

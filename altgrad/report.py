@@ -38,7 +38,10 @@ def write(comparison: Comparison, folder: str | Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed. AltgradError: a file cannot be written.
     """
     folder = Path(folder)
-    lines = markdown(comparison.rows) + "\n" + "".join(f"- {sentence}\n" for sentence in [*verdict(comparison), *comparison.method])
+    from altgrad.report_layers import layer_table
+
+    tables = [markdown(comparison.rows), layer_table(comparison.rows)]
+    lines = "".join(table + "\n" for table in tables if table) + "".join(f"- {sentence}\n" for sentence in [*verdict(comparison), *comparison.method])
     found = [to_json(comparison, folder / "comparison.json"), to_csv(comparison, folder / "comparison.csv"), place(folder / "table.md", lines.encode())]
     found += [place(folder / f"{name}.png", draw(comparison)) for name, (_, draw) in PLOTS.items()]
     return [*found, place(folder / "report.html", page(comparison).encode())]
@@ -197,10 +200,18 @@ def costs(comparison: Comparison, *, theme: str = "light") -> bytes:
         return png()
 
 
+def by_layer(comparison: Comparison, *, theme: str = "light") -> bytes:
+    """Cosines by layer, PNG (report_layers.py, which draws on this file's canvas)."""
+    from altgrad.report_layers import layer_cosines
+
+    return layer_cosines(comparison, theme=theme)
+
+
 PLOTS: dict[str, tuple[str, Callable[..., bytes]]] = {
     "accuracy-against-forwards": ("Against forwards", lambda comparison, theme="light": curves(comparison, against="forwards", theme=theme)),
     "accuracy-against-seconds": ("Against wall time", lambda comparison, theme="light": curves(comparison, against="seconds", theme=theme)),
     "costs": ("Memory and direction", costs),
+    "layers": ("Direction by layer", by_layer),
 }
 
 

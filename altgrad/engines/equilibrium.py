@@ -16,24 +16,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from altgrad.alignment import exact_gradient
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree, describe
+from altgrad.equilibrium.adjoint import recurrent_backprop
+from altgrad.equilibrium.diagnostics import cosines, field_of
 from altgrad.equilibrium.energies import Energy, descent
 from altgrad.equilibrium.fields import Field, chain_field, settling_field
+from altgrad.equilibrium.hardware import disturbed, mismatched
 from altgrad.equilibrium.holomorphic import check_holomorphic
-from altgrad.equilibrium.homeostasis import homeostasis
-from altgrad.equilibrium.nudges import NUDGES, nudges, order
-from altgrad.equilibrium.relaxation import Disturb, Settled, State
-from altgrad.equilibrium.settling import starts
+from altgrad.equilibrium.homeostasis import homeostasis, map_of, probes
+from altgrad.equilibrium.nudges import NUDGES, around, nudges, order
+from altgrad.equilibrium.online import online, phases
+from altgrad.equilibrium.relaxation import ACCELERATIONS, State
+from altgrad.equilibrium.settling import direct_gradient, refuse_kinks, starts
+from altgrad.equilibrium.symmetry import pairs_of, same
+from altgrad.equilibrium.warm import check_warm, first_states, kept, recalled
 from altgrad.errors import CapabilityError, NumericsError, SettingError, near_miss, require
-from altgrad.kernels import noise
 from altgrad.local.chain import hold_to_model, sampling
 from altgrad.problem import Batch, Problem
-from altgrad.rng import Key, tensor_id
+from altgrad.rng import Key
 from altgrad.world import World
 
 CORRECTIONS = ("none", "homeostasis", "asymmetric")
 FORMS = {"auto": Needs.REVERSE, "energy": Needs.REVERSE | Needs.ENERGY, "field": Needs.REVERSE}
+UPDATES = ("own", "same")
 SWEEPS = {"alternating": "sweep", "together": "together"}  # what a problem calls them
+REFERENCE = 2000  # the most sweeps where an answer is to be a reference
 ROUNDINGS = 32  # machine epsilons of the default tolerance: a sweep's own rounding
 
 
@@ -64,12 +72,21 @@ class Equilibrium(Engine):
     steps: int = option(200, "the most sweeps of a relaxation, >= 1")
     tolerance: float | None = option(None, "residual, relative to 1 + max |s|, at which an example is at rest; none for 32 roundings of its precision")
     damping: float = option(0.0, "share of the old state that a sweep keeps, in [0, 1); for systems that overshoot")
+    acceleration: str = option("none", "'anderson': relaxations go on from a combination of their last sweeps; for systems that settle slowly")
+    warm_start: bool = option(False, "begin every training example's relaxation at its free state of the epoch before, kept in the engine's state")
     noise: float = option(0.0, "standard deviation of the noise that every sweep adds to the state, >= 0; relaxations then take all of their steps")
+    mismatch: float = option(0.0, "standard deviation of the share by which the device's weights are off, fixed and the same in all phases, >= 0")
+    device: int = option(0, "which device: names its mismatch")
+    online: int = option(0, "sweeps at each nudge while the nudge goes round and the state follows it; 0 for nudges one by one from the free state")
+    periods: int = option(3, "online: how often the nudge goes round, >= 1; the first time does not count where there are more")
+    update: str = option("own", "'same': weights up and down between the same units both get the mean of their gradients; nets with such pairs")
+    diagnose: int = option(0, "every so many steps the log gets cosine/<parameter> to the exact gradient, by recurrent backprop; 0 for never")
     strict: bool = option(False, "an error, not a warning, where a relaxation has not come to rest")
     cut: str = option("", "names of the modules at which blocks start, separated by commas; none for a cut at every layer")
 
     def __post_init__(self) -> None:
-        for setting, allowed in (("nudge", NUDGES), ("correction", CORRECTIONS), ("form", FORMS), ("sweeps", SWEEPS)):
+        named = {"nudge": NUDGES, "correction": CORRECTIONS, "form": FORMS, "sweeps": SWEEPS, "update": UPDATES, "acceleration": ACCELERATIONS}
+        for setting, allowed in named.items():
             if getattr(self, setting) not in allowed:
                 raise SettingError(near_miss(setting, str(getattr(self, setting)), allowed))
         require(0 < self.beta < math.inf, "beta", self.beta, "a number > 0: without a nudge nothing is told")
@@ -79,6 +96,11 @@ class Equilibrium(Engine):
         require(self.tolerance is None or 0 < self.tolerance < math.inf, "tolerance", self.tolerance, "None or a number > 0")
         require(0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
         require(0 <= self.noise < math.inf, "noise", self.noise, "a number >= 0")
+        require(0 <= self.mismatch < math.inf, "mismatch", self.mismatch, "a number >= 0")
+        require(isinstance(self.device, int) and 0 <= self.device < 2**64, "device", self.device, "a whole number in [0, 2^64)")
+        require(isinstance(self.online, int) and self.online >= 0, "online", self.online, "a whole number >= 0")
+        require(isinstance(self.periods, int) and self.periods >= 1, "periods", self.periods, "a whole number >= 1")
+        require(isinstance(self.diagnose, int) and self.diagnose >= 0, "diagnose", self.diagnose, "a whole number >= 0")
         require(isinstance(self.cut, str), "cut", self.cut, "text such as 'stem,layer1.0'")
 
     @property
@@ -103,8 +125,9 @@ class Equilibrium(Engine):
 
     @property
     def order(self) -> int:
-        """The power of β with which the distance from the exact gradient falls; 0 where a Jacobian that is not symmetric keeps it apart."""
-        return order(self.nudge, self.points) if self.correction == "asymmetric" or self.form == "energy" else 0
+        """The power of β with which the distance from the exact gradient falls; 0 where something else keeps it apart."""
+        kept = self.online or self.noise or self.mismatch or self.update == "same" or (self.correction != "asymmetric" and self.form != "energy")
+        return 0 if kept else order(self.nudge, self.points)
 
     @property
     def complex(self) -> bool:
@@ -129,9 +152,17 @@ class Equilibrium(Engine):
         for name, value in problem.params().items():
             if torch.finfo(value.dtype).bits < 32:
                 raise CapabilityError(f"{describe(self)}: {name} is {value.dtype}, which cannot tell a nudged state from a free one; train in float32.")
+        if self.update == "same":
+            pairs_of(problem, describe(self))
         if kind != "blocks":
             starts(problem)
+            if self.complex:
+                refuse_kinks(problem, describe(self))
+            if self.warm_start:
+                check_warm(problem, describe(self))
             return
+        if self.warm_start:
+            raise CapabilityError(f"{describe(self)}: the free state of a chain of blocks is its forward pass, which starts nowhere. Use warm_start=False.")
         blocks = problem.blocks(self.cut)
         if self.correction == "homeostasis":
             raise CapabilityError(
@@ -141,89 +172,107 @@ class Equilibrium(Engine):
         if self.complex:
             check_holomorphic(problem, blocks, describe(self))
 
+    def init(self, problem: Problem, params: Tree, key: Key) -> Tree:
+        return first_states(problem, params) if self.warm_start else {}
+
     def shrunk(self, factor: float) -> "Equilibrium":
         """The same engine with a nudge `factor` times as strong, relaxed to rounding: its error falls by factor ** order."""
-        return replace(self, beta=self.beta * factor, tolerance=None, steps=max(self.steps, 2000))
+        return replace(self, beta=self.beta * factor, tolerance=None, steps=max(self.steps, REFERENCE))
 
     def limit(self, tensor: Tensor) -> float:
         """The residual at which an example is at rest."""
         return ROUNDINGS * torch.finfo(tensor.dtype).eps if self.tolerance is None else self.tolerance
 
-    def system(self, problem: Problem, params: Tree, batch: Batch, key: Key, buffers: Tree) -> Energy | Field:
-        """What is relaxed, at its free state; `buffers` are written where a model has some."""
+    def system(self, problem: Problem, params: Tree, batch: Batch, key: Key, buffers: Tree, begin: State | None = None) -> Energy | Field:
+        """What is relaxed, at its free state; `buffers` are written where a model has some; `begin`: where the relaxation does, if not at rest."""
         kind, some = self.kind(problem), next(iter(params.values()))
         if kind == "blocks":
             blocks = problem.blocks(self.cut)
             hold_to_model(problem, self.cut, params, blocks, batch, key)
             return chain_field(blocks, params, batch.inputs, problem.fresh_buffers, lambda: sampling(problem, batch, key), buffers)
-        rest, output = starts(problem)
-        start = rest(params, batch.inputs)
-        relaxing: dict[str, Any] = {"steps": self.steps, "tolerance": self.limit(some), "damping": self.damping, "disturb": self.disturbed(key, "free", batch)}
+        rest, readout = starts(problem)
+        start, inputs = rest(params, batch.inputs) if begin is None else begin, batch.inputs
+        relaxing: dict[str, Any] = {"steps": self.steps, "tolerance": self.limit(some), "damping": self.damping, "acceleration": self.acceleration}
+        relaxing |= {"disturb": disturbed(self.noise, key, "free", batch), "prepared": getattr(problem, "prepared", None)}
+        sweep = getattr(problem, SWEEPS[self.sweeps], None)
+
+        def outputs(state: State) -> Any:
+            return readout(params, state, inputs)
+
         if kind == "energy":
-            return Energy(
-                problem.energy, getattr(problem, SWEEPS[self.sweeps], None) or descent(problem.energy), params, start, batch.inputs, output, **relaxing
-            )
-        return settling_field(problem.step, params, start, batch.inputs, output, **relaxing)
-
-    def disturbed(self, key: Key, label: str, batch: Batch) -> Disturb | None:
-        """The noise of a relaxation, an example's own at every sweep, whichever rank draws it."""
-        if not self.noise:
-            return None
-
-        def disturb(sweep: int, state: State) -> State:
-            drawn = [probes(state, key.fold("noise", label, sweep, part), batch) for part in ("real", "imaginary")[: 1 + state[0].is_complex()]]
-            noises = [torch.complex(*pair) for pair in zip(*drawn, strict=True)] if len(drawn) == 2 else drawn[0]
-            return tuple(leaf + self.noise * own for leaf, own in zip(state, noises, strict=True))
-
-        return disturb
+            coupling = getattr(problem, "coupling", None)
+            return Energy(problem.energy, sweep or descent(problem.energy), params, start, inputs, outputs, coupling=coupling, **relaxing)
+        net = getattr(problem, "model", None)
+        drive = getattr(net, "drive", None)
+        step = problem.step if drive is None else net.step  # type: ignore[union-attr]  # which takes a push
+        return settling_field(step, params, start, inputs, outputs, sweep=sweep, drive=drive, **relaxing)
 
     def estimate(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key, world: World) -> Estimate:
         with torch.autocast(next(iter(params.values())).device.type, enabled=False):  # short floats cannot tell the nudged from the free
-            return self.looked(problem, params, state, batch, key)
+            return self.looked(problem, params, state, batch, key, world)
 
-    def looked(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key) -> Estimate:
-        """`estimate`, in the parameters' own precision."""
-        params = {name: value.detach() for name, value in params.items()}
-        buffers = problem.fresh_buffers()
-        system = self.system(problem, params, batch, key, buffers)
+    def on_device(self, params: Tree) -> Tree:
+        """The weights that take part in all relaxations."""
+        return mismatched({name: value.detach() for name, value in params.items()}, self.mismatch, self.device)
+
+    def pushes(self, problem: Problem, system: Energy | Field, batch: Batch) -> tuple[Tensor, State]:
+        """(mean loss, what a nudge of 1 adds: -∂L/∂s of every example) at the free state."""
         with torch.enable_grad():
             loss = problem.score(system.outputs(system.point), batch.targets).mean()
-        count = system.point[0].shape[0]
         slopes = torch.autograd.grad(loss, system.point, allow_unused=True)
-        force = tuple(torch.zeros_like(own) if slope is None else -count * slope for own, slope in zip(system.point, slopes, strict=True))
-        tolerance, corrected = self.limit(system.point[0]), self.correction == "asymmetric"
-        told: list[tuple[Any, Settled]] = []
-        for nudge in nudges(self.nudge, self.beta, self.points, key):
-            told.append(
-                (
-                    nudge,
-                    system.nudged(
-                        nudge,
-                        force,
-                        corrected=corrected,
-                        steps=self.steps,
-                        tolerance=tolerance,
-                        damping=self.damping,
-                        disturb=self.disturbed(key, f"{nudge.beta:.6g}", batch),
-                    ),
-                )
-            )
-        grads = system.gradient([(nudge, found.state) for nudge, found in told])
-        residual = torch.stack([system.settled.residual.max(), *[found.residual.max() for _, found in told]]).max()
+        count = system.point[0].shape[0]
+        return loss, tuple(torch.zeros_like(own) if slope is None else -count * slope for own, slope in zip(system.point, slopes, strict=True))
+
+    def looked(self, problem: Problem, params: Tree, state: Tree, batch: Batch, key: Key, world: World) -> Estimate:
+        """`estimate`, in the parameters' own precision."""
+        held, buffers = self.on_device(params), problem.fresh_buffers()
+        system = self.system(problem, held, batch, key, buffers, recalled(state, batch))
+        loss, force = self.pushes(problem, system, batch)
+        tolerance = self.limit(system.point[0])
+        relaxing: dict[str, Any] = {"corrected": self.correction == "asymmetric", "steps": self.steps, "tolerance": tolerance, "damping": self.damping}
+        relaxing["acceleration"] = self.acceleration
+
+        def noises(name: str) -> Any:
+            return disturbed(self.noise, key, name, batch)
+
+        residual = system.settled.residual.max()
+        if self.online:
+            told = online(system, around(self.nudge, self.beta, self.points, key), force, noises, periods=self.periods, sweeps=self.online, **relaxing)
+        else:
+            told = phases(system, nudges(self.nudge, self.beta, self.points, key), force, noises, **relaxing)
+            residual = torch.stack([residual, *[found.residual.max() for _, found in told]]).max()
+        grads = {**direct_gradient(problem, held, system.rest, batch), **system.gradient([(nudge, found.state) for nudge, found in told])}
         self.report(problem, residual, tolerance, loss, key)
-        metrics = {"forwards": torch.tensor(float(system.passes)), "relaxations": torch.tensor(float(len(told))), "residual": residual.detach()}
+        told_apart = self.diagnose and (key.step + 1) % self.diagnose == 0  # the row of that number in the log
+        metrics = cosines(grads, self.exact(problem, params, batch, key)) if told_apart else {}
+        metrics |= {"forwards": torch.tensor(float(system.passes)), "relaxations": torch.tensor(float(len(told))), "residual": residual.detach()}
         if isinstance(system, Field):
             metrics["asymmetry"] = system.asymmetry(probes(system.point, key, batch)).detach()
-            if self.correction == "homeostasis":
-                extra, value = self.homeostatic(problem, system, batch, key)
-                grads = {name: grad + self.homeostasis * extra[name] if name in extra else grad for name, grad in grads.items()}
-                metrics["homeostasis"] = value
-        return Estimate(loss.detach(), grads, state, metrics, buffers)
+            weight = self.homeostasis if self.correction == "homeostasis" else getattr(problem, "homeostasis", 0.0)
+            if weight:
+                extra, metrics["homeostasis"] = self.homeostatic(problem, system, batch, key)
+                grads = {name: grad + weight * extra[name] if name in extra else grad for name, grad in grads.items()}
+        if self.update == "same":
+            grads = same(grads, pairs_of(problem, describe(self)))
+        return Estimate(loss.detach(), grads, kept(state, batch, system.rest, world), metrics, buffers)
+
+    def exact(self, problem: Problem, params: Tree, batch: Batch, key: Key) -> Tree:
+        """The gradient at the fixed point that the estimate is an estimate of, by recurrent backprop; of a chain of blocks that is backprop's own."""
+        held = self.on_device(params)
+        if self.kind(problem) == "blocks":
+            return exact_gradient(problem, held, batch, key)[1]
+        quiet = replace(self, noise=0.0, tolerance=None, steps=max(self.steps, REFERENCE))
+        relaxing: dict[str, Any] = {"steps": quiet.steps, "tolerance": quiet.limit(next(iter(held.values())))}
+        free = quiet.system(problem, held, batch, key, problem.fresh_buffers())
+        rule = field_of(problem, held, free.rest, batch.inputs, free.outputs, **relaxing)
+        _, force = quiet.pushes(problem, rule, batch)
+        own = recurrent_backprop(rule, tuple(-part for part in force), damping=self.damping, **relaxing)
+        return {**direct_gradient(problem, held, rule.rest, batch), **own}
 
     def homeostatic(self, problem: Problem, system: Field, batch: Batch, key: Key) -> tuple[Tree, Tensor]:
         """(gradient, value) of the homeostatic loss at the free state."""
         with torch.enable_grad():
-            value = homeostasis(lambda state: problem.step(system.leaves, state, batch.inputs), system.rest, probes(system.point, key, batch)).mean()
+            value = homeostasis(lambda state: map_of(problem)(system.leaves, state, batch.inputs), system.rest, probes(system.point, key, batch)).mean()
         found = torch.autograd.grad(value, list(system.leaves.values()), allow_unused=True)
         return {name: grad for name, grad in zip(system.leaves, found, strict=True) if grad is not None}, value.detach()
 
@@ -240,26 +289,12 @@ class Equilibrium(Engine):
             raise NumericsError(words)
         warnings.warn(words, stacklevel=4)
 
+    def bake(self, problem: Problem, params: Tree, state: Tree) -> Tree:
+        return {**params, **self.on_device(params)} if self.mismatch else params
+
     def predict(self, problem: Problem, params: Tree, state: Tree, inputs: Any) -> Any:
         """The read-out of the free state; of a chain of blocks that is the model's output."""
         if self.kind(problem) == "blocks":
-            return super().predict(problem, params, state, inputs)
-        system = self.system(problem, {name: value.detach() for name, value in params.items()}, Batch(inputs, None), Key(0), {})
+            return super().predict(problem, self.on_device(params), state, inputs)
+        system = self.system(problem, self.on_device(params), Batch(inputs, None), Key(0), {})
         return system.outputs(tuple(leaf.detach() for leaf in system.point))
-
-
-def probes(point: State, key: Key, batch: Batch) -> State:
-    """Standard normal probes shaped like the state, an example's own whichever rank draws them."""
-    return tuple(
-        noise.draw(
-            "normal",
-            key.fold("probes"),
-            tensor_id(f"layer {number}"),
-            [0],
-            leaf.shape,
-            start=batch.first * leaf[0].numel(),
-            dtype=leaf.real.dtype,
-            device=leaf.device,
-        )[0]
-        for number, leaf in enumerate(point)
-    )

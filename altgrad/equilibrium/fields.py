@@ -5,7 +5,10 @@ r"""Vector fields F(u) = f(u; θ, x) - u, nudged, and their gradient by one vect
     corrected    0 = F(u) - (J - Jᵀ)(u - u₀) - β ∂L/∂u               correction "asymmetric":  du/dβ = J⁻ᵀ ∂L/∂u
     gradient     ∂L/∂θ = -(∂F/∂θ)ᵀ du/dβ,     J = ∂F/∂u and ∂L/∂u at u₀
 
-so that with the correction the derivative is the exact adjoint's, whatever J is; without it J must be symmetric. A chain of blocks is such a field,
+A net whose units have activations ρ, and that tells its drive z (nets.py), is the field F(u) = z(u) - ρ⁻¹(u): of the same rest, nudged within ρ as a device
+is, and with a Jacobian that is symmetric where its weights are.
+
+So with the correction the derivative is the exact adjoint's, whatever J is; without it J must be symmetric. A chain of blocks is such a field,
 u_k ← f_k(u_{k-1}), with its forward pass for free state and nothing at all that goes back down without the correction.
 
 Source: Laborieux and Zenke 2023, arXiv 2309.02214; Scurria et al. 2026, arXiv 2602.03670 (the form above is derived from its abstract).
@@ -26,7 +29,7 @@ from altgrad.equilibrium.relaxation import Disturb, Settled, State, as_complex, 
 from altgrad.errors import CapabilityError
 from altgrad.samplers import AddressedSamplers
 
-Step = Callable[[Tree, State, Any], State]
+Step = Callable[..., State]  # (params, state, inputs)
 Sampling = Callable[[], AddressedSamplers]
 INSTEAD = "Use nudge='symmetric', or holomorphic layers (Tanh, Sigmoid, and others without kinks or absolute values; pooling by means)."
 
@@ -40,10 +43,20 @@ class Field:
         leaves: the parameters in that graph.
         again: one application of f elsewhere, without a graph; real or complex.
         outputs: what is read out of a state.
+        forced: (state, push) -> the state one sweep later under a push within the activations, of a net whose `image` is its drive.
     """
 
-    def __init__(self, free: Settled, point: State, image: State, leaves: Tree, again: Callable[[State], State], outputs: Callable[[State], Any]):
-        self.settled, self.point, self.image, self.leaves, self.again, self.outputs = free, point, image, leaves, again, outputs
+    def __init__(
+        self,
+        free: Settled,
+        point: State,
+        image: State,
+        leaves: Tree,
+        again: Callable[[State], State],
+        outputs: Callable[[State], Any],
+        forced: Callable[[State, State], State] | None = None,
+    ):
+        self.settled, self.point, self.image, self.leaves, self.again, self.outputs, self.forced = free, point, image, leaves, again, outputs, forced
         self.rest = tuple(leaf.detach() for leaf in point)
         self.passes = 0  # applications of f
         self.transposes: tuple[list[Tensor], list[Tensor], list[int]] | None = None  # w, (∂f/∂u)ᵀ w, and of which layers
@@ -73,28 +86,48 @@ class Field:
             return tuple(torch.complex(one, other) for one, other in zip(*parts, strict=True))
         return tuple(one - other for one, other in zip(self.push(vectors), self.pull(vectors), strict=True))
 
-    def nudged(self, nudge: Nudge, force: State, *, corrected: bool, steps: int, tolerance: float, damping: float, disturb: Disturb | None = None) -> Settled:
-        """The state under β · force, force = -∂L/∂u."""
-        if nudge.beta == 0:
+    def nudged(
+        self,
+        nudge: Nudge,
+        force: State,
+        *,
+        corrected: bool,
+        steps: int,
+        tolerance: float,
+        damping: float,
+        disturb: Disturb | None = None,
+        start: State | None = None,
+        acceleration: str = "none",
+    ) -> Settled:
+        """The state under β · force, force = -∂L/∂u; relaxed from `start`, the free state unless told otherwise."""
+        if nudge.beta == 0 and start is None:
             return self.settled
         rest = tuple(as_complex(leaf) for leaf in self.rest) if isinstance(nudge.beta, complex) else self.rest
 
         def update(state: State) -> State:
             self.passes += 1
-            found = [image + nudge.beta * push for image, push in zip(self.again(state), force, strict=True)]
+            push = tuple(nudge.beta * part for part in force)
             if corrected:
                 away = tuple(here - there for here, there in zip(state, rest, strict=True))
-                found = [image - turn for image, turn in zip(found, self.turned(away), strict=True)]
-            return tuple(found)
+                push = tuple(part - turn for part, turn in zip(push, self.turned(away), strict=True))
+            return self.forced(state, push) if self.forced else tuple(image + part for image, part in zip(self.again(state), push, strict=True))
 
         with torch.no_grad(), holomorphic():
-            return relax(update, rest, steps=steps, tolerance=tolerance, damping=damping, disturb=disturb)
+            return relax(
+                update,
+                rest if start is None else start,
+                steps=steps,
+                tolerance=tolerance,
+                damping=damping,
+                disturb=disturb,
+                acceleration=acceleration,
+            )
 
     def gradient(self, told: Sequence[tuple[Nudge, State]]) -> Tree:
         """-(∂f/∂θ)ᵀ Σ Re(weight · (u - u₀)) / N, for forces that push the loss down."""
         moves = []
         for number, rest in enumerate(self.rest):
-            parts = [(nudge.weight * (state[number] - rest)) for nudge, state in told if nudge.beta != 0]
+            parts = [(nudge.weight * (state[number] - rest)) for nudge, state in told]
             moves.append(sum((part.real if part.is_complex() else part for part in parts[1:]), parts[0].real if parts[0].is_complex() else parts[0]))
         live = [(own, -move.to(own.dtype) / len(move)) for own, move in zip(self.image, moves, strict=True) if own.requires_grad]
         names = list(self.leaves)
@@ -117,24 +150,42 @@ def gradients(outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequ
     return tuple(torch.zeros_like(given) if grad is None else grad.detach() for grad, given in zip(found, inputs, strict=True))
 
 
-def settling_field(step: Step, params: Tree, start: State, inputs: Any, outputs: Callable[[State], Any], **relaxing: Any) -> Field:
-    """The field of a map s ← step(params, s, inputs), relaxed from `start`."""
+def settling_field(
+    step: Step,
+    params: Tree,
+    start: State,
+    inputs: Any,
+    outputs: Callable[[State], Any],
+    *,
+    sweep: Step | None = None,
+    prepared: Callable[[Tree, Any], Any] | None = None,
+    drive: Step | None = None,
+    **relaxing: Any,
+) -> Field:
+    """The field of a map s ← step(params, s, inputs), relaxed from `start`.
+
+    Args:
+        sweep: another map of the same rest, by which the free relaxation goes.
+        prepared: (params, inputs) -> what step and sweep take in place of the inputs.
+        drive: z with step = ρ(z); step then takes (params, state, inputs, push), ρ(z + push).
+    """
     with torch.no_grad():
-        free = relax(lambda state: step(params, state, inputs), start, **relaxing)
+        given, free_sweep = inputs if prepared is None else prepared(params, inputs), sweep or step
+        free = relax(lambda state: free_sweep(params, state, given), start, **relaxing)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     point = tuple(leaf.detach().requires_grad_() for leaf in free.state)
     with torch.enable_grad():
-        image = step(leaves, point, inputs)
+        image = (drive or step)(leaves, point, inputs)
     wide: list[tuple[Tree, Any]] = []
 
-    def again(state: State) -> State:
+    def again(state: State, *push: State) -> State:
         if not any(leaf.is_complex() for leaf in state):
-            return step(params, state, inputs)
+            return step(params, state, given, *push)
         if not wide:
-            wide.append((tree_map(as_complex, dict(params)), tree_map(as_complex, inputs)))
-        return step(wide[0][0], state, wide[0][1])
+            wide.append((tree_map(as_complex, dict(params)), tree_map(as_complex, given)))
+        return step(wide[0][0], state, wide[0][1], *push)
 
-    field = Field(free, point, image, leaves, again, outputs)
+    field = Field(free, point, image, leaves, again, outputs, again if drive else None)
     field.passes = free.ran + 1
     return field
 

@@ -47,9 +47,17 @@ def nudges(kind: str, beta: float, points: int, key: Key) -> list[Nudge]:
     return [Nudge(sign * beta, sign / beta), Nudge(0.0, -sign / beta)]
 
 
+def around(kind: str, beta: float, points: int, key: Key) -> list[Nudge]:
+    """One whole round of the nudge, for a state that follows it: on the circle no conjugates are left out, and every β is complex."""
+    if kind != "holomorphic" or points <= 2:
+        return nudges(kind, beta, points, key)
+    circle = [beta * cmath.exp(2j * cmath.pi * k / points) for k in range(points)]
+    return [Nudge(at, 1 / (points * at)) for at in circle]
+
+
 def order(kind: str, points: int) -> int:
     """The power of |β| with which the error falls."""
     return {"one-sided": 1, "random-sign": 1, "symmetric": 2, "holomorphic": points}[kind]
 
 
-__all__ = ["NUDGES", "Nudge", "nudges", "order"]
+__all__ = ["NUDGES", "Nudge", "around", "nudges", "order"]

@@ -22,7 +22,9 @@ class Settling(Supervised):
     """`loss(output of the state at rest, targets)`, averaged over examples; arguments as in Supervised.
 
     The model is an nn.Module with rest(params, x) -> state, output(state) and step(params, state, x), a state being a tuple of tensors [N, ...];
-    with energy(params, state, x) -> [N] it has the energy form too, relaxed by its own sweep(params, state, x, force) where it has one.
+    with energy(params, state, x) -> [N] it has the energy form too, relaxed by its own sweep(params, state, x, force) where it has one. It may have
+    readout(params, state, x) in place of output, whose parameters are not part of the system and get the loss's ordinary gradient, and
+    prepared(params, x), what its sweeps and steps take in place of x, worked out once a relaxation.
     Its forward(x) is the read-out after a fixed number of sweeps, which backprop unrolls.
 
     Raises:
@@ -55,6 +57,21 @@ class Settling(Supervised):
 
     def energy(self, params: Tree, s: State, x: Any) -> Tensor:
         return self.model.energy(params, s, x)  # type: ignore[operator, no-any-return]
+
+    @property
+    def readout(self) -> Any:
+        """The net's read-out (params, state, x) outside the system, where it has one."""
+        return getattr(self.model, "readout", None)
+
+    @property
+    def coupling(self) -> Any:
+        """The net's energy but for what no parameter enters, where it gives that."""
+        return getattr(self.model, "coupling", None)
+
+    @property
+    def prepared(self) -> Any:
+        """The net's (params, x) -> what its sweeps need of the inputs, where it has one."""
+        return getattr(self.model, "prepared", None)
 
     @property
     def sweep(self) -> Sweep | None:
@@ -92,19 +109,38 @@ def squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return 0.5 * (outputs - wanted).square().sum(1)
 
 
-def starts(problem: Problem) -> tuple[Callable[[Tree, Any], State], Callable[[State], Any]]:
-    """(rest, output) of a problem with an energy or a step.
+def starts(problem: Problem) -> tuple[Callable[[Tree, Any], State], Callable[[Tree, State, Any], Any]]:
+    """(rest, readout) of a problem with an energy or a step.
 
     Raises:
         CapabilityError: it does not say where relaxations begin, or what is read out.
     """
-    rest, output = getattr(problem, "rest", None), getattr(problem, "output", None)
-    if rest is None or output is None:
+    rest, output, readout = (getattr(problem, name, None) for name in ("rest", "output", "readout"))
+    if rest is None or (output is None and readout is None):
         raise CapabilityError(
             f"{type(problem).__name__} must say where relaxations begin and what is read out: implement rest(params, x) -> state, a tuple of tensors [N, …], "
-            "and output(state)."
+            "and output(state), or readout(params, state, x)."
         )
-    return rest, output
+    return rest, readout if readout is not None else lambda params, state, x: output(state)  # type: ignore[misc]
 
 
-__all__ = ["Settling", "squared_error", "starts"]
+def direct_gradient(problem: Problem, params: Tree, state: State, batch: Batch) -> Tree:
+    """The gradient of the mean loss in the parameters of a read-out outside the system, the state held still; nothing where there are none."""
+    readout = getattr(problem, "readout", None)
+    if readout is None:
+        return {}
+    leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
+    with torch.enable_grad():
+        loss = problem.score(readout(leaves, tuple(leaf.detach() for leaf in state), batch.inputs), batch.targets).mean()
+    found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True) if loss.requires_grad else []
+    return {name: grad for name, grad in zip(leaves, found, strict=False) if grad is not None}
+
+
+def refuse_kinks(problem: Problem, who: str) -> None:
+    """Raise CapabilityError where a net says that complex nudges cannot pass it."""
+    kink = getattr(getattr(problem, "model", None), "kink", "")
+    if kink:
+        raise CapabilityError(f"{who} nudges with complex numbers, and {type(problem.model).__name__} is not holomorphic: {kink}, or nudge='symmetric'.")  # type: ignore[attr-defined]
+
+
+__all__ = ["Settling", "direct_gradient", "refuse_kinks", "squared_error", "starts"]
