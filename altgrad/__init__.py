@@ -28,8 +28,10 @@ PUBLIC = {
     "LabelConcat": "altgrad.local.labels",
     "LabelEmbed": "altgrad.local.labels",
     "LabelOverlay": "altgrad.local.labels",
+    "quantize": "altgrad.quantisation",
+    "dequantize": "altgrad.quantisation",
 }
-MODULES = ("implicit",)
+MODULES = ("implicit", "surrogates", "quantisation")
 
 __all__ = ["__version__", *PUBLIC]
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from altgrad.cli_frame import Command, columns, emit, note
-from altgrad.cli_options import at_option
+from altgrad.cli_options import at_option, quantize_option
 from altgrad.cli_progress import Display
 from altgrad.errors import UsageError
 
@@ -65,6 +65,7 @@ def problem_factory(name: str | None, pairs: tuple[str, ...]) -> Callable[[], An
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Examples to look at.")
 @click.option("--eval", "evaluating", is_flag=True, help="Put the model into evaluation mode first.")
 @click.option("--precision", type=click.Choice(["float64", "float32"]), default="float64", show_default=True, help="What to compute in.")
+@quantize_option
 @at_option
 @click.option("--probes", is_flag=True, help="Instead of MODEL: every module kind that altgrad knows of.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON value on one line.")
@@ -77,6 +78,7 @@ def doctor(
     batch_size: int,
     evaluating: bool,
     precision: str,
+    quantize: tuple[str, ...],
     at: tuple[str, ...],
     probes: bool,
     as_json: bool,
@@ -101,6 +103,11 @@ def doctor(
         from altgrad import doctor as examining
 
         loaded, inputs = subject(model, model_setting, input_shape, batch_size)
+        if quantize:
+            from altgrad import registry
+            from altgrad.quantisation import Quantisation
+
+            registry.build(Quantisation, registry.split_pairs(quantize), "quantize").apply(loaded, example=inputs)
         report = examining.examine(loaded.train(not evaluating), inputs, precision=precision, at=at)
         sound = report.driven and report.agrees
         if as_json:

@@ -48,11 +48,14 @@ def with_options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+QUANTIZE = "Quantise the model's layers: weights=sign:reste, activations=sign:bireal, bits=4, per_channel=true, exempt=none …; repeatable."
+quantize_option = click.option("--quantize", multiple=True, metavar="NAME=VALUE", help=QUANTIZE)
 what_options = with_options(
     click.option("--problem", default="digits", show_default=True, shell_complete=complete_problem, help="See `altgrad problems`, or package.module:factory."),
     click.option("--problem-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the problem; repeatable."),
     click.option("--model", help="See `altgrad models`, or package.module:callable. [default: the problem's own]"),
     click.option("--model-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the model; repeatable."),
+    quantize_option,
 )
 how_options = with_options(
     click.option("--optimizer", help="See `altgrad optimizers`; upper and lower case do not matter. [default: Adam, or what the engine is made for]"),

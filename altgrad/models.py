@@ -7,14 +7,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from altgrad import registry, rng
+from altgrad.binary import BinaryMLP
 from altgrad.errors import SettingError, UsageError, near_miss
+from altgrad.implicit.networks import ConvergentGraph, DeepEquilibrium
 from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Shape, Transformer, Window
 from altgrad.rng import Key
 from altgrad.spiking import Spiking
 
-TABLE: dict[str, Any] = {"mlp": MLP, "cnn": CNN, "resnet": ResNet, "gru": GRU, "lstm": LSTM, "transformer": Transformer, "window": Window, "spiking": Spiking}
+TABLE: dict[str, Any] = {
+    "mlp": MLP,
+    "cnn": CNN,
+    "resnet": ResNet,
+    "gru": GRU,
+    "lstm": LSTM,
+    "transformer": Transformer,
+    "window": Window,
+    "spiking": Spiking,
+    "binary-mlp": BinaryMLP,
+    "deq": DeepEquilibrium,
+    "graph-solver": ConvergentGraph,
+}
 
 
 def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: Iterable[int], classes: int, key: Key) -> nn.Module:
@@ -98,6 +113,8 @@ def init_bound(module: nn.Module) -> float | None:
     """The half width of the uniform law of a module's own parameters; None where they start from constants."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         return 1 / math.sqrt(module.weight[0].numel())
+    if isinstance(module, ParametrizationList):  # the trained tensor of a weight that is made of it
+        return 1 / math.sqrt(module.original[0].numel())
     if isinstance(module, nn.RNNBase):
         return 1 / math.sqrt(module.hidden_size)
     if isinstance(module, nn.Embedding):

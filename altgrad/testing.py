@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from altgrad.conformance import aligned, contract, credit, displacements, gradients, labelled, limits, local, models, populations, probes  # noqa: F401  (enters their claims)
+from altgrad.conformance import aligned, contract, credit, displacements, gradients, labelled, limits, local, models, populations, probes, settling, surrogates  # noqa: F401  (enters their claims)
 from altgrad.conformance.claim import CLAIMS, Factory, Subject, Violation
 from altgrad.engine import Engine, fit_check
 from altgrad.errors import CapabilityError

@@ -42,6 +42,7 @@ class TrainSettings:
     problem_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the problem"})
     model: str | None = option(None, "name, or package.module:attribute; none for the problem's own")
     model_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the model"})
+    quantize: dict[str, Any] = field(default_factory=dict, metadata={"help": "quantisers put on the model, as altgrad.quantize takes them; none if empty"})
     engine: str = option("forward", "name, or package.module:attribute")
     engine_settings: dict[str, Any] = field(default_factory=dict, metadata={"help": "settings of the engine"})
     optimizer: str | None = option(None, "name in torch.optim or pytorch_optimizer; none for the one the engine is made for, Adam for most")
@@ -188,7 +189,12 @@ def build_problem(factory: Any, settings: TrainSettings, key: Key) -> Problem:
     for name, value in given.items():
         if value is not None and name not in accepted:
             raise SettingError(f"{name}={value!r} is not allowed: problem {settings.problem} takes no {name}. Leave it out.")
-    return factory.build(key, **{name: value for name, value in given.items() if value is not None})
+    problem = factory.build(key, **{name: value for name, value in given.items() if value is not None})
+    if settings.quantize:
+        from altgrad.quantisation.applying import quantize_problem
+
+        quantize_problem(problem, settings.quantize)
+    return problem  # type: ignore[no-any-return]
 
 
 def save(training: Training, *, keep: int = 3) -> Path | None:

@@ -41,8 +41,8 @@ def labelled(*, departs: dict[str, str] | None = None, **settings: Any) -> Case:
     return Case("forward-forward", settings, departs={**LABELLED, **(departs or {})})
 
 
-def equilibrium(**settings: Any) -> Case:
-    return Case("equilibrium", settings, refuses=(f"is_not_reversed_on_{UNMATCHED}",))  # neither an energy nor blocks
+def equilibrium(*, departs: dict[str, str] | None = None, **settings: Any) -> Case:
+    return Case("equilibrium", settings, refuses=(f"is_not_reversed_on_{UNMATCHED}",), departs=departs or {})  # neither an energy nor blocks
 
 
 LABELLED = {
@@ -50,12 +50,13 @@ LABELLED = {
     "running_statistics_move_once_a_step_as_in_plain_pytorch": "batch norm sees every example with its right label, a wrong one and none",
     "one_dropout_mask_serves_a_whole_estimate": "one pass over three rows an example, which share its mask: the claim looks for passes over the batch",
 }
-STAGELESS = ("is_exact_on_quadratic",)  # no stages to run again
+STAGELESS = ("is_exact_on_quadratic", "is_exact_on_a_net_that_settles")  # no stages to run again
 HEADLESS = ("quadratic", "tied_weights")  # no layers; one that runs twice
 UNMATCHED = "quadratic"  # one tensor without a module: no pattern for weights matches
 TURN = "the loss is that of the block whose turn it is"
 FROZEN = "blocks that stay frozen run in evaluation mode: no dropout, statistics as they are"
 PAIRED = "similarities are taken between the examples of one process, as statistics of a batch are"
+DEVICE = "the weights of the device are not the model's"
 NORMALISED = "the model's head is given activities of mean 0 and variance 1, as every block is"
 PARTS = "the batch is normalised in parts, as whenever gradients are accumulated in PyTorch"
 
@@ -112,8 +113,8 @@ CASES = [
     Case("feedback-alignment", {"feedback": "uniform-sign"}),
     Case("feedback-alignment", {"feedback": "fixed-magnitude-sign", "scale": 2.0}),
     Case("feedback-alignment", {"feedback": "random-magnitude-sign"}),
-    Case("feedback-alignment", {"feedback": "weights"}, refuses=("is_exact_on_quadratic",)),  # no layers
-    Case("mixed", {"rest": "backprop", "parts": "*.weight=backprop"}, refuses=(f"is_exact_on_{UNMATCHED}",)),
+    Case("feedback-alignment", {"feedback": "weights"}, refuses=STAGELESS),  # no layers
+    Case("mixed", {"rest": "backprop", "parts": "*.weight=backprop"}, refuses=STAGELESS),  # no names that match
     Case("mixed", {"rest": "backprop", "parts": "*.weight=forward,tangents=4"}, refuses=(f"is_unbiased_on_{UNMATCHED}",)),
     Case(
         "mixed",
@@ -127,6 +128,12 @@ CASES = [
     equilibrium(nudge="holomorphic"),
     equilibrium(nudge="holomorphic", points=3, beta=0.3),
     equilibrium(correction="none"),
+    equilibrium(acceleration="anderson"),
+    equilibrium(nudge="holomorphic", points=4, online=6),
+    equilibrium(nudge="one-sided", online=6, periods=1),
+    equilibrium(
+        mismatch=0.02, diagnose=1, departs=dict.fromkeys(("loss_is_the_problems_own", "running_statistics_move_once_a_step_as_in_plain_pytorch"), DEVICE)
+    ),
     Case("mono-forward"),
     Case("mono-forward", {"rows": 4, "features": 3}),
     Case("mono-forward", {"schedule": "interleaved", "block_steps": 1}, departs={"loss_is_the_problems_own": TURN}),
@@ -153,5 +160,17 @@ CASES = [
     Case("local", {"loss": "channel-goodness"}),
     Case("local", {"loss": "channel-goodness", "loss_settings": "goodness=mean,normalise=layer"}, departs={"loss_is_the_problems_own": NORMALISED}),
     Case("local", {"loss": "prototypes"}),
+    Case("implicit"),
+    Case("implicit", {"solver": "broyden", "adjoint": "gmres", "tol": 1e-12, "strict": True, "compare": True}),
+    Case("implicit", {"adjoint": "phantom(5,0.5)", "jacobian": 0.1, "radius": 8}),
+    Case("straight-through"),
+    Case("straight-through", {"estimator": "ede", "steps": 10}),
+    Case(
+        "straight-through",
+        {"estimator": "swish-sign,beta=3", "schedule": "none", "accumulation": 2},
+        departs={"running_statistics_move_once_a_step_as_in_plain_pytorch": PARTS},
+    ),
+    Case("straight-through", {"estimator": "reste", "real_weights": 0.5, "steps": 10, "checkpointing": True}),
+    Case("straight-through", {"diagnose": 1, "diagnose_pairs": 2}),
     Case("deep-supervision", departs={"saved_bytes_do_not_grow_with_depth": "a baseline: one sweep goes through all blocks"}),
 ]

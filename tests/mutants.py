@@ -10,9 +10,11 @@ import mutants_evolution
 import mutants_feedback
 import mutants_forward
 import mutants_forward_forward
+import mutants_implicit_engine
 import mutants_likelihood_ratio
 import mutants_local
 import mutants_mixed
+import mutants_straight_through
 import mutants_subspace
 from mutants_form import EVERYWHERE, POPULATION, WEIGHTS, Mutant, altered, on, patched, rekeyed, scaled
 
@@ -30,5 +32,7 @@ FILES = (
     mutants_feedback,
     mutants_equilibrium,
     mutants_mixed,
+    mutants_implicit_engine,
+    mutants_straight_through,
 )
 MUTANTS = [mutant for file in FILES for mutant in file.MUTANTS]

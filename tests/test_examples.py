@@ -9,8 +9,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
-def printed(name):
-    done = subprocess.run([sys.executable, FOLDER / name], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+def printed(name, *arguments):
+    done = subprocess.run([sys.executable, FOLDER / name, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -23,3 +23,12 @@ def test_the_readmes_loop_learns_digits_without_backprop():
 def test_a_function_is_minimised_by_estimates():
     value = re.search(r"f = ([\d.]+)", printed("function.py"))
     assert float(value[1]) < 0.05
+
+
+def test_on_a_noisy_device_a_small_nudge_is_lost_and_large_ones_on_a_circle_are_not():
+    both = ("one-sided, small", "holomorphic, large")
+    shown = printed("noisy_hardware.py", "--epochs", "1", "--hidden", "32", "--lr", "1e-2", "--nudges", *both)
+    accuracy = {name: (float(ideal), float(noisy)) for name, ideal, noisy in re.findall(r"^([a-z-]+, \w+) +([\d.]+) % +([\d.]+) %", shown, re.M)}
+    small, large = (accuracy[name] for name in both)
+    assert small[0] - small[1] > 30
+    assert large[1] > small[1] + 30

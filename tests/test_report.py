@@ -145,7 +145,7 @@ def test_a_write_that_fails_leaves_the_old_file(found, tmp_path, monkeypatch):
 
 def test_everything_is_written(found, tmp_path):
     names = {path.name for path in report.write(found, tmp_path / "new" / "folder")}
-    plots = {f"{name}.png" for name in ("accuracy-against-forwards", "accuracy-against-seconds", "costs")}
+    plots = {f"{name}.png" for name in ("accuracy-against-forwards", "accuracy-against-seconds", "costs", "layers")}
     assert names == {"comparison.json", "comparison.csv", "table.md", "report.html"} | plots
     assert all((tmp_path / "new" / "folder" / name).stat().st_size > 200 for name in names)
 

@@ -217,6 +217,7 @@ def test_resume_after_sigkill_in_the_middle_of_a_write_is_bit_exact(tmp_path, un
 REAL = {
     "backprop, dropout": {"engine": "backprop", "model": "transformer", "model_settings": {"dropout": 0.2, "width": 8, "heads": 2, "layers": 1}},
     "backprop, batch norm": {"engine": "backprop", "model": "resnet", "model_settings": {"width": 4}},
+    "implicit": {"engine": "implicit", "engine_settings": {"jacobian": 0.1, "adjoint": "gmres"}, "model": "deq", "model_settings": {"width": 8}},
     "forward": {"engine": "forward", "engine_settings": {"tangents": 2}},
     "forward, with a state": {"engine": "forward", "engine_settings": {"space": "weights", "tangents": 2, "guess": "momentum"}},
     "forward, with trainables of its own": {"engine": "forward", "engine_settings": {"tangents": 2, "guess": "local"}},

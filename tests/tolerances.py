@@ -10,6 +10,7 @@ class Tolerance(NamedTuple):
 
 TABLE = {
     "rounding64": Tolerance(1e-9, "float64 keeps 16 digits; a few hundred additions in another order lose three or four"),
+    "closed_form64": Tolerance(1e-12, "figure 1's own: a formula of a few operations in float64, against the same formula written another way"),
     "rounding32": Tolerance(1e-5, "float32 keeps 7 digits; a few dozen additions in another order lose one or two"),
     "oracle64": Tolerance(1e-6, "a d x d linear system is solved in float64: digits are lost to its condition number, up to 1e6 here"),
     "closed_form": Tolerance(0.10, "relative variance over 2,560 fixed directions or more: its own standard error is √(2 / 2,560), about 3 %"),

@@ -17,5 +17,7 @@ TABLE = {
     "feedback-alignment": "altgrad.engines.feedback_alignment:FeedbackAlignment",
     "direct-feedback-alignment": "altgrad.engines.direct_feedback_alignment:DirectFeedbackAlignment",
     "equilibrium": "altgrad.engines.equilibrium:Equilibrium",
+    "implicit": "altgrad.engines.implicit:Implicit",
+    "straight-through": "altgrad.engines.straight_through:StraightThrough",
     "mixed": "altgrad.engines.mixed:Mixed",
 }

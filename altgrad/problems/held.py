@@ -7,9 +7,11 @@ from torch import Tensor
 
 from altgrad.credit import Influence
 from altgrad.engine import Engine, Needs, Tree
+from altgrad.equilibrium.relaxation import as_complex
 from altgrad.problem import Batch, Problem
 from altgrad.world import World
 
+SETTLING = ("rest", "sweep", "together", "readout", "prepared", "coupling")  # what a net that settles says of its parameters (equilibrium/settling.py)
 WHOLE = Needs.BLOCKS | Needs.DISCRETE  # views that speak of all parameters, and have no form for some of them
 
 
@@ -39,11 +41,15 @@ class Held(Problem):
     def __getattr__(self, name: str) -> Any:
         if name == "base" or name.startswith("__"):  # not set yet (a copy in the making), or Python's own question
             raise AttributeError(name)
-        return getattr(self.base, name)
+        found = getattr(self.base, name)
+        if name in SETTLING and found is not None:
+            return lambda params, *rest: found(self.all(params), *rest)
+        return found
 
     def all(self, params: Tree) -> Tree:
-        """The parameters of `base`, with those of an engine's own behind them."""
-        return {**self.constants, **params}
+        """The parameters of `base`, with those of an engine's own behind them; all complex where the share is."""
+        wide = any(value.is_complex() for value in params.values())
+        return {**({name: as_complex(value) for name, value in self.constants.items()} if wide else self.constants), **params}
 
     @property
     def facts(self) -> dict[Any, Any]:
