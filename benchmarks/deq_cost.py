@@ -32,6 +32,8 @@ OURS: dict[str, dict[str, Any]] = {
     "altgrad, anderson + gmres, 3e-7": {"solver": "anderson", **PRECISE},
     "altgrad, broyden + gmres, 3e-7": {"solver": "broyden", **PRECISE},
     "altgrad, iteration + gmres, 3e-7": {"solver": "iteration", **PRECISE},
+    "altgrad, iteration + bicgstab, 3e-7": {"solver": "iteration", **PRECISE, "adjoint": "bicgstab"},
+    "altgrad, iteration + bicgstab, 3e-6": {"solver": "iteration", **PRECISE, "adjoint": "bicgstab", "tol": 3e-6, "adjoint_tol": 3e-6},
     "altgrad, broyden + gmres, 3e-6": {"solver": "broyden", **PRECISE, "tol": 3e-6, "adjoint_tol": 3e-6},
     "altgrad, iteration + gmres, 3e-6": {"solver": "iteration", **PRECISE, "tol": 3e-6, "adjoint_tol": 3e-6},
     "altgrad, anderson + lu": {"solver": "anderson", **PRECISE, "adjoint": "lu"},

@@ -12,7 +12,7 @@ Source: moving average: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1
 import torch
 from torch import Tensor
 
-FLOOR = 1e-12  # a share that small decays no further: a code that nobody chooses stays where it is, and 0/0 is never met
+FLOOR = 1e-12  # below it no share decays: a code that nobody chooses stays where it is, and 0/0 is never met
 
 
 def nearest(points: Tensor, table: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def gathered(points: Tensor, indices: Tensor, codes: int) -> tuple[Tensor, Tenso
 def averaged(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor], *, decay: float) -> tuple[Tensor, Tensor]:
     """(w, t) one batch on."""
     (weight, total), (share, sums) = old, new
-    keep = torch.where((share > 0) | (decay * weight > FLOOR), decay, 1.0).to(weight.dtype)
+    keep = torch.where(share > 0, decay, (FLOOR / weight).clamp(decay, 1.0)).to(weight.dtype)
     return keep * weight + (1 - decay) * share, keep[:, None] * total + (1 - decay) * sums
 
 
