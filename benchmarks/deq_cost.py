@@ -46,9 +46,6 @@ THEIRS: dict[str, dict[str, Any]] = {
     "torchdeq, ift, fixed point, 1e-7, 300": {
         "ift": True, "f_solver": "fixed_point_iter", "b_solver": "fixed_point_iter", "f_tol": 1e-7, "b_tol": 1e-7, "f_max_iter": 300, "b_max_iter": 300,
     },
-    "torchdeq, ift, broyden, 1e-7, 300": {
-        "ift": True, "f_solver": "broyden", "b_solver": "broyden", "f_tol": 1e-7, "b_tol": 1e-7, "f_max_iter": 300, "b_max_iter": 300,
-    },
 }  # fmt: skip
 UNROLLED = (10, 30, 100, 300)
 

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/equilibrium_quality.py --tune --out benchmarks/records/equilibrium_quality.json
     OMP_NUM_THREADS=1 python benchmarks/equilibrium_quality.py --out benchmarks/records/equilibrium_quality.json
 
-Every rule has the same three rates to choose from, on a sixth of the training set held out (see benchmarks/tuned.py), the same batches, Adam, a cosine decay
+Every rule has the same four rates to choose from, on a sixth of the training set held out (see benchmarks/tuned.py), the same batches, Adam, a cosine decay
 and the same epochs, and is scored once, on the test set, after the last step. Squared errors, but for the plain networks, which have cross-entropy.
 The rows with noise have a standard deviation of 0.04 added to every unit after every sweep, in training and in prediction, and eight epochs.
 """
