@@ -31,7 +31,7 @@ PUBLIC = {
     "quantize": "altgrad.quantisation",
     "dequantize": "altgrad.quantisation",
 }
-MODULES = ("implicit", "surrogates", "quantisation")
+MODULES = ("equilibrium", "hyper", "implicit", "quantisation", "surrogates", "vector")
 
 __all__ = ["__version__", *PUBLIC]
 

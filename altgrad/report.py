@@ -28,7 +28,13 @@ COLOURS = {
 }
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
 # what is shown, the first that there is
-FIGURES = {"test_accuracy": "Test accuracy", "test_return": "Test return", "test_psnr": "PSNR in decibels", "test_loss": "Test loss"}
+FIGURES = {
+    "test_accuracy": "Test accuracy",
+    "test_return": "Test return",
+    "test_psnr": "PSNR in decibels",
+    "test_mse": "Mean square error",
+    "test_loss": "Test loss",
+}
 
 
 def write(comparison: Comparison, folder: str | Path) -> list[Path]:

@@ -17,7 +17,7 @@ from altgrad.comparison import Comparison, Row
 from altgrad.errors import AltgradError
 
 COLUMNS = ("engine", "test accuracy", "forwards", "backwards", "seconds", "peak memory", "cosine", "lr")
-MAPPINGS = ("settings", "tuning", "fgsm", "readouts", "best_readout", "cosines")  # columns that a CSV holds as JSON
+MAPPINGS = ("settings", "tuning", "fgsm", "readouts", "best_readout", "cosines", "metrics")  # columns that a CSV holds as JSON
 LISTS = ("accuracies", "losses")
 
 

@@ -1,18 +1,25 @@
-"""Quantised networks made of plain ones (altgrad.quantize), on Fashion-MNIST and on digits, beside full precision and under other engines.
+"""Binary networks made of plain ones (altgrad.quantize), by every surrogate of the sign, beside full precision and under engines that look forward only.
 
-    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network cnn --tune --out benchmarks/records/binary_networks.json
-    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network cnn --seeds 0 1 2 --out benchmarks/records/binary_networks.json
+    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network digits --tune --out benchmarks/records/binary_digits.json
+    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network digits --seeds 0 1 2 3 4 --out benchmarks/records/binary_digits.json
+    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network fashion --tune --out benchmarks/records/binary_fashion_mnist.json
+    OMP_NUM_THREADS=1 python benchmarks/binary_networks.py --network fashion --seeds 0 1 2 --out benchmarks/records/binary_fashion_mnist.json
 
-A row's name begins with its network. cnn: four 3x3 convolutions 32-32-64-64 with batch norm and ReLU, two poolings, one linear layer, on Fashion-MNIST, 20
-epochs of batches of 128; first and last layer stay real. mlp: 64-256-256-10 with batch norm and ReLU on digits, 40 epochs of batches of 64; the first layer
-stays real. Both are written without a quantiser in them; the setting `quantize` puts signs (or other levels) on weights and on the inputs of the
-quantised layers. Adam, cosine. Rates are chosen on a sixth of the training set held out (benchmarks/tuned.py), one candidate list for every row.
+digits    64-256-256-10 on digits, 40 epochs of batches of 64; the first of the three layers stays real
+deep      64-256-256-256-10, the same; the first and the last layer stay real
+fashion   convolutions 16-32-32 on Fashion-MNIST, the first of stride 2, pooling behind the second, one linear layer; 20 epochs of batches of 128; the
+          first and the last layer stay real
 
---network takes the rows of one network, --epochs N is another length for all of them: a record says which (`settings`).
+All have batch norm and ReLU and are written without a quantiser; the setting `quantize` puts the sign on weights and inputs of the other layers, with one
+surrogate for both (BiPer's square wave is for weights; its inputs are Bi-Real's, its weights real in the first two thirds of the run in "two stages").
+Adam, cosine. Every row chooses its rate out of one list, on a sixth of the training set held out (benchmarks/tuned.py; the test set is not read), and is
+scored once a seed on the test set. The other engines, and straight-through and real weights beside them, have a quarter of the epochs.
+
+Means of surrogates on digits differ by less than their spread over seeds: the table says whether a network trains, and is no ranking.
+--epochs N is another length, for all rows; a record's `settings` say which it was.
 """
 
 import argparse
-import sys
 from typing import Any
 
 from torch import nn
@@ -20,75 +27,99 @@ from tuned import Table, main
 
 from altgrad import surrogates
 
-SIGNS = surrogates.names("pointwise", operation="sign")
 RATES = ({"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2})
 SHARED: dict[str, Any] = {"optimizer": "Adam", "schedule": "cosine"}
-CNN: dict[str, Any] = {"problem": "fashion-mnist", "problem_settings": {"batch_size": 128}, "model": "binary_networks:cnn", "epochs": 20}
-MLP: dict[str, Any] = {"problem": "digits", "problem_settings": {"batch_size": 64}, "model": "binary_networks:mlp", "epochs": 40}
+DIGITS: dict[str, Any] = {"problem": "digits", "problem_settings": {"batch_size": 64}, "epochs": 40}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "digits": {**DIGITS, "model": "binary_networks:two_hidden", "exempt": "first", "asked": ">= 96 %"},
+    "deep": {**DIGITS, "model": "binary_networks:three_hidden", "exempt": "first-last", "asked": ">= 96 %"},
+    "fashion": {
+        **{"problem": "fashion-mnist", "problem_settings": {"batch_size": 128}, "model": "binary_networks:convolutions", "epochs": 20},
+        **{"exempt": "first-last", "asked": "the best within 4 points of full precision"},
+    },
+}
+SHORT = {  # engine -> settings, for a quarter of the epochs
+    "straight-through": {},
+    "forward": {"tangents": 8},
+    "eggroll": {"population": 64},
+    "likelihood-ratio": {"copies": 32},
+}
 
 
-def cnn(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A plain convolutional network; pooling comes before the norm, so that a sign behind it sees both of its sides."""
-    layers: list[nn.Module] = []
-    depth = input_shape[0]
-    for place, deeper in enumerate((32, 32, 64, 64)):
-        pool = [nn.MaxPool2d(2)] if place % 2 else []
-        layers += [nn.Conv2d(depth, deeper, 3, padding=1, bias=False), *pool, nn.BatchNorm2d(deeper), nn.ReLU()]
-        depth = deeper
-    side = input_shape[-1] // 4
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * side * side, classes))
+def perceptron(input_shape: tuple[int, ...], hidden: int, classes: int) -> nn.Sequential:
+    """`hidden` layers of 256 units with batch norm and ReLU, and a linear one."""
+    width, layers = input_shape[0], []
+    for _ in range(hidden):
+        layers += [nn.Linear(width, 256), nn.BatchNorm1d(256), nn.ReLU()]
+        width = 256
+    return nn.Sequential(*layers, nn.Linear(width, classes))
 
 
-def mlp(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """A plain multilayer perceptron."""
-    inner = input_shape[0]
+def two_hidden(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """64-256-256-10."""
+    return perceptron(input_shape, 2, classes)
+
+
+def three_hidden(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """64-256-256-256-10."""
+    return perceptron(input_shape, 3, classes)
+
+
+def convolutions(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    """Three 3x3 convolutions; pooling comes before the norm, so that a sign behind it sees both of its sides."""
+    side = -(-input_shape[-1] // 2) // 2
     return nn.Sequential(
-        *(nn.Linear(inner, 256), nn.BatchNorm1d(256), nn.ReLU()),
-        *(nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU()),
-        nn.Linear(256, classes),
+        *(nn.Conv2d(input_shape[0], 16, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()),
+        *(nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Conv2d(32, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(32 * side**2, classes)),
     )
 
 
-def row(asked: str, network: dict[str, Any], engine: str = "straight-through", *, exempt: str = "first-last", **quantize: str) -> dict[str, Any]:
-    """A network with quantisers, or without any, under an engine with its settings in brackets behind its name."""
-    name, _, rest = engine.partition("[")
-    pairs = dict(pair.split("=") for pair in rest.removesuffix("]").split(",") if pair)
-    settings = {**network, "engine": name, "engine_settings": pairs, "quantize": {**quantize, "exempt": exempt} if quantize else {}}
-    return {"asked": asked, "settings": settings, "candidates": list(RATES), "tuning_seeds": (10,)}
-
-
-def both(estimator: str) -> dict[str, str]:
-    """The sign of weights and inputs by one estimator."""
-    return {"weights": f"sign:{estimator}", "activations": f"sign:{estimator}"}
-
-
-def rows_of(network: dict[str, Any], asked: str, *, exempt: str) -> dict[str, Any]:
-    """Full precision, every sign estimator, BiPer, more bits, and other engines."""
-    binary = both("bireal")
+def row(network: str, engine: str = "straight-through", engine_settings: dict[str, Any] | None = None, *, beside: bool = True, **quantize: str) -> dict[str, Any]:
+    """A network with quantisers, or without any, under an engine; `beside` is a row that nothing is asked of."""
+    settings = {key: value for key, value in NETWORKS[network].items() if key not in {"exempt", "asked"}}
+    quantised = {**quantize, "exempt": NETWORKS[network]["exempt"]} if quantize else {}
     return {
-        "full precision": row("beside it", network, "backprop"),
-        **{name: row(asked, network, exempt=exempt, **both(name)) for name in SIGNS},
-        "biper": row(asked, network, "straight-through[real_weights=0.67]", exempt=exempt, weights="square-wave:biper", activations="sign:bireal"),
-        "ternary": row("beside it", network, exempt=exempt, weights="ternary", activations="sign:bireal"),
-        "lsq 4": row("beside it", network, exempt=exempt, weights="uniform:lsq,bits=4", activations="uniform:lsq,bits=4,signed=false"),
-        "int8": row("beside it", network, exempt=exempt, weights="uniform:round,bits=8", activations="uniform:round,bits=8"),
-        "forward": row("beside it", network, "forward[tangents=16]", exempt=exempt, **binary),
-        "eggroll": row("beside it", network, "eggroll[population=128]", exempt=exempt, **binary),
+        "asked": "beside it" if beside else NETWORKS[network]["asked"],
+        "settings": {**settings, "engine": engine, "engine_settings": engine_settings or {}, "quantize": quantised},
+        "candidates": list(RATES),
+        "tuning_seeds": (10,),
     }
 
 
-def table(networks: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """All rows by "network name"."""
-    found = {f"mlp {name}": entry for name, entry in rows_of(networks["mlp"], ">= 96 %", exempt="first").items()}
-    return found | {f"cnn {name}": entry for name, entry in rows_of(networks["cnn"], "best within 4 points of full precision", exempt="first-last").items()}
+def brief(entry: dict[str, Any]) -> dict[str, Any]:
+    """The row for a quarter of the epochs, tuned on 3 of them."""
+    settings = entry["settings"]
+    return {**entry, "settings": {**settings, "epochs": max(1, settings["epochs"] // 4)}, "tuning_epochs": min(3, settings["epochs"])}
+
+
+def signs(weights: str, inputs: str) -> dict[str, str]:
+    """The sign of weights and inputs by these surrogates."""
+    return {"weights": f"sign:{weights}", "activations": f"sign:{inputs}"}
+
+
+def rows_of(network: str) -> dict[str, Any]:
+    """Every surrogate of the sign, full precision, more bits, and other engines."""
+    square = {"weights": "square-wave:biper", "activations": "sign:bireal"}
+    few = {"uniform lsq, 4 bits": "uniform:lsq,bits=4", "uniform, 8 bits": "uniform:round,bits=8"}
+    return {
+        "full precision": row(network, "backprop"),
+        **{name: row(network, beside=False, **signs(name, name)) for name in surrogates.names("pointwise", operation="sign")},
+        "biper, one stage": row(network, beside=False, **square),
+        "biper, two stages": row(network, engine_settings={"real_weights": 0.67}, beside=False, **square),
+        "ternary": row(network, weights="ternary", activations="sign:bireal"),
+        **{name: row(network, weights=text, activations=text) for name, text in few.items()},
+        "full precision, brief": brief(row(network, "backprop")),
+        **{f"{engine}, brief": brief(row(network, engine, settings, **signs("bireal", "bireal"))) for engine, settings in SHORT.items()},
+    }
 
 
 if __name__ == "__main__":
     early = argparse.ArgumentParser(add_help=False)
-    early.add_argument("--network", choices=("mlp", "cnn"))
+    early.add_argument("--network", choices=tuple(NETWORKS), default="digits")
     early.add_argument("--epochs", type=int)
     given, rest = early.parse_known_args()
-    sys.argv = [sys.argv[0], *rest]
-    changed = {} if given.epochs is None else {"epochs": given.epochs}
-    rows = {name: entry for name, entry in table({"mlp": {**MLP, **changed}, "cnn": {**CNN, **changed}}).items() if name.startswith(given.network or "")}
-    main(Table(rows, SHARED), __doc__)
+    if given.epochs is not None:
+        NETWORKS[given.network]["epochs"] = given.epochs
+    main(Table(rows_of(given.network), SHARED), __doc__, rest)

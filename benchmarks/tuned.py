@@ -10,7 +10,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -123,15 +123,15 @@ class Table:
         return found
 
 
-def main(table: Table, description: str | None) -> None:
-    """The command line of a benchmark that is such a table."""
+def main(table: Table, description: str | None, arguments: Sequence[str] | None = None) -> None:
+    """The command line of a benchmark that is such a table; `arguments` where some of them were read already."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=list(table.rows), choices=list(table.rows), help="which rows; all by default")
     parser.add_argument("--tune", action="store_true", help="try the candidates, held out, in place of the runs themselves")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="in place of the stated length, to see that it runs")
     parser.add_argument("--out", required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
 
     def add(kind: str, entry: dict[str, Any]) -> None:

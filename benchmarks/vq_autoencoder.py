@@ -16,7 +16,7 @@ from typing import Any
 from tuned import Row, Table, main
 
 SHARED: dict[str, Any] = {"optimizer": "Adam", "schedule": "cosine", "engine": "straight-through", "problem": "vq-autoencoder"}
-RATES = ({"lr": 1e-3}, {"lr": 3e-3}, {"lr": 1e-2})
+RATES = ({"lr": 3e-3}, {"lr": 1e-2}, {"lr": 3e-2})
 VARIANTS: dict[str, dict[str, Any]] = {
     "straight-through": {},
     "rotation": {"gradient": "rotation"},

@@ -53,7 +53,9 @@ def option(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True)
 class Implicit(Engine):
-    """Exact adjoints of fixed points, or the approximation named; see the head of this file for what a problem must have.
+    """Exact adjoints of fixed points, or the approximation that `adjoint` names.
+
+    What a problem must have is said at the head of this file.
 
     Raises:
         SettingError: a setting out of its range.
