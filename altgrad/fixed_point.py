@@ -59,12 +59,12 @@ class Method:
 
     by_step: ClassVar[bool] = False  # whether a small step means a small error
 
-    def solve(self, function: Residual, x: Tensor, goal: Goal) -> tuple[Tensor, Outcome]:
-        """x with F(x) = 0 from the guess x [*batch, n], and how it went.
+    def solve(self, function: Residual, x: Tensor, goal: Goal, value: Tensor | None = None) -> tuple[Tensor, Outcome]:
+        """x with F(x) = 0 from the guess x [*batch, n], and how it went; `value` is F at the guess where it is known.
 
         Errors: SingularError where a step needs the inverse of a singular matrix.
         """
-        value = function(x)
+        value = function(x) if value is None else value
         first = size = norm(value)
         active = size > goal.target(x, first)
         steps = torch.zeros_like(active, dtype=torch.int64)
@@ -74,13 +74,16 @@ class Method:
         for _ in range(goal.max_steps):
             if not bool(active.any()):
                 break
-            moved = torch.where(active, self.step(function, x, value, active, state), x)
-            change = norm(moved - x)
+            moved = self.step(function, x, value, active, state)
+            if not bool(active.all()):
+                moved = torch.where(active, moved, x)
+            if self.by_step:
+                small = small | (active & (norm(moved - x) <= goal.tol * norm(moved)))
             x, value = moved, function(moved)
             steps, size = steps + active, norm(value)
-            if self.by_step:
-                small = small | (active & (change <= goal.tol * norm(x)))
-            target = torch.maximum(goal.target(x, first), rounding(state["factor"][2], x) if "factor" in state else torch.zeros_like(first))
+            target = goal.target(x, first)
+            if "factor" in state:
+                target = torch.maximum(target, rounding(state["factor"][2], x))
             active = active & (size > target) & ~small & size.isfinite()
         reached = ((size <= target) | small) & size.isfinite()
         return x, Outcome(size.squeeze(-1), steps.squeeze(-1), reached.squeeze(-1), state.get("factor"))

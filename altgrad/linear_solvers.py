@@ -57,13 +57,16 @@ def checked(apply: Apply, b: Tensor, tol: float, max_steps: int, inner: Inner) -
         candidate = x + change
         fresh = b - apply(candidate)
         fresh_norm = torch.linalg.vector_norm(fresh, dim=-1, keepdim=True)
+        if bool((fresh_norm <= target).all()):
+            x, norm, steps, products = candidate, fresh_norm, steps + taken, products + used + 1
+            break
         better = fresh_norm < norm  # False for NaN: what is kept is never worse than what was there
         gained = (fresh_norm <= 0.5 * norm) & better
         x, remainder = torch.where(better, candidate, x), torch.where(better, fresh, remainder)
         norm, steps, products = torch.where(better, fresh_norm, norm), steps + taken, products + used + 1
         if not bool((gained & (norm > target)).any()):
             break
-    relative = torch.where(scale > 0, norm / torch.where(scale > 0, scale, 1.0), norm)
+    relative = norm / scale.clamp_min(torch.finfo(b.dtype).tiny)
     return x, LinearOutcome(relative.squeeze(-1), steps.squeeze(-1), (norm <= target).squeeze(-1), products)
 
 

@@ -1,7 +1,7 @@
 """The derivative of a residual at a point, as products with its Jacobian: A v, Aᵀ v and, where it is small, A itself."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 
 import torch
@@ -11,9 +11,13 @@ from torch.autograd import forward_ad
 Function = Callable[[Tensor], Tensor]
 
 
-@contextmanager
-def no_saved_hooks() -> Iterator[None]:
+def no_saved_hooks() -> AbstractContextManager[None]:
     """Without the saved-tensor hooks of a caller (checkpointing, offloading, counting), which torch.func refuses; for passes whose graph stays inside."""
+    return nullcontext() if torch._C._autograd._top_saved_tensors_default_hooks(True) is None else hooks_aside()
+
+
+@contextmanager
+def hooks_aside() -> Iterator[None]:
     machinery, hooks = torch._C._autograd, []
     while (top := machinery._top_saved_tensors_default_hooks(True)) is not None:
         hooks.append(top)
@@ -46,17 +50,13 @@ def taped(function: Callable, *points: Tensor) -> tuple[list[Tensor], Tensor]:
         return leaves, function(*leaves)
 
 
-def swept(value: Tensor, leaves: list[Tensor], u: Tensor, *, rows: bool = False) -> tuple[Tensor, ...]:
-    """Aᵀ u by a reverse pass over a tape; for many u at once, along the first axis, with `rows`."""
+def swept(value: Tensor, leaves: Sequence[Tensor], u: Tensor) -> tuple[Tensor, ...]:
+    """Aᵀ u by a reverse pass over a tape."""
     if not value.requires_grad:
-        return tuple(leaf.new_zeros(*u.shape[:1] if rows else (), *leaf.shape) for leaf in leaves)
-    if rows:
-        found = torch.autograd.grad(value, leaves, u, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    else:  # what torch.autograd.grad does behind its checks, which cost as much as the pass itself for a small system
-        found = torch.autograd.Variable._execution_engine.run_backward(
-            (value,), (u,), True, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
-        )
-    return tuple(leaf.new_zeros(*u.shape[:1] if rows else (), *leaf.shape) if one is None else one for one, leaf in zip(found, leaves, strict=True))
+        return tuple([leaf.new_zeros(leaf.shape) for leaf in leaves])
+    # What torch.autograd.grad does behind its checks, which cost as much as the pass itself for a small system.
+    found = torch.autograd.Variable._execution_engine.run_backward((value,), (u,), True, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False)
+    return tuple([leaf.new_zeros(leaf.shape) if one is None else one for one, leaf in zip(found, leaves, strict=True)])
 
 
 def pushforward(function: Callable, *points: Tensor) -> tuple[Tensor, Callable[..., Tensor]]:
@@ -83,15 +83,14 @@ class Linearised:
         function: x -> F(x), both [*batch, n].
         point: x.
         columns: how many more axes the vectors have in front: [*columns, *batch, n].
+        tape: (leaves, F) where F has been taped already, its first leaf being x.
     """
 
-    def __init__(self, function: Function, point: Tensor, *, columns: int = 0):
+    def __init__(self, function: Function, point: Tensor, *, columns: int = 0, tape: tuple[list[Tensor], Tensor] | None = None):
         self.point, self.columns = point, columns
-        self.function = function
-        self.tape: tuple[list[Tensor], Tensor] | None = None
-        if columns == 0 and first_order():  # vectors of more axes are mapped by torch.func, which needs a tape of its kind
-            self.tape = taped(function, point)
-            leaves, value = self.tape
+        self.tape = taped(function, point) if tape is None and first_order() else tape
+        if self.tape is not None:
+            value, leaves = self.tape[1], self.tape[0][:1]
             self.value, self.pull = value.detach(), lambda u: swept(value, leaves, u)
         else:
             self.value, self.pull = torch.func.vjp(function, point)[:2]
@@ -99,7 +98,7 @@ class Linearised:
     @cached_property
     def push(self) -> Callable[[Tensor], tuple[Tensor, ...]]:
         if self.tape is not None:
-            leaves, value = self.tape
+            leaves, value = self.tape[0][:1], self.tape[1]
             if not value.requires_grad:
                 return lambda v: (torch.zeros_like(v),)
             with torch.enable_grad():
@@ -112,7 +111,8 @@ class Linearised:
         """A v."""
         if self.columns == 0:
             return self.push(v)[0]
-        return over_columns(lambda one: self.push(one)[0], self.columns)(v)
+        push = self.push  # made here: not under the vmap
+        return over_columns(lambda one: push(one)[0], self.columns)(v)
 
     def transposed(self, u: Tensor) -> Tensor:
         """Aᵀ u."""
@@ -125,11 +125,6 @@ class Linearised:
         size, lead = self.point.shape[-1], self.point.shape[:-1]
         eye = torch.eye(size, dtype=self.point.dtype, device=self.point.device)
         rows = eye.reshape(size, *[1] * len(lead), size).expand(size, *lead, size)
-        if self.tape is not None:
-            try:
-                return swept(self.tape[1], self.tape[0], rows, rows=True)[0].movedim(0, -2)
-            except RuntimeError:  # an operation of F without the older rule for batches, another root's say
-                return Linearised(self.function, self.point, columns=1).dense()
         return torch.func.vmap(lambda row: self.pull(row)[0])(rows).movedim(0, -2)
 
 

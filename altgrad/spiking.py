@@ -16,45 +16,32 @@ arXiv 2007.05785 (arctan).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from altgrad.errors import SettingError, near_miss, require
 from altgrad.networks import Shape, setting, whole, widths
+from altgrad.surrogates.pointwise import Pointwise, with_derivative
+from altgrad.surrogates.smooth import ATan, FastSigmoid
 
-SURROGATES: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "fast-sigmoid": lambda x, slope: (1 + slope * x.abs()).square().reciprocal(),
-    "arctan": lambda x, slope: 0.5 * slope / (1 + (0.5 * math.pi * slope * x).square()),
+SURROGATES: dict[str, Callable[[float], Pointwise]] = {
+    "fast-sigmoid": lambda slope: FastSigmoid(slope=slope),
+    "arctan": lambda slope: ATan(alpha=slope),
 }
 CODES = ("direct", "rate", "latency")
 
 
-class Spike(torch.autograd.Function):
-    """H(x), with the derivative of a surrogate."""
-
-    generate_vmap_rule = True
+class Step:
+    """H(x): 1 where x >= 0, 0 below."""
 
     @staticmethod
-    def forward(x: Tensor, surrogate: str, slope: float) -> Tensor:
+    def value(x: Tensor) -> Tensor:
         return (x >= 0).to(x.dtype)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, ctx.surrogate, ctx.slope = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
-        return grad * SURROGATES[ctx.surrogate](x, ctx.slope), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return tangent * SURROGATES[ctx.surrogate](x, ctx.slope)
+def spike(x: Tensor, surrogate: Pointwise) -> Tensor:
+    """H(x), with the derivative of a surrogate."""
+    return with_derivative(x, Step, surrogate)
 
 
 class LeakyIntegrateAndFire(nn.Module):
@@ -74,13 +61,14 @@ class LeakyIntegrateAndFire(nn.Module):
         if surrogate not in SURROGATES:
             raise SettingError(near_miss("surrogate", surrogate, SURROGATES))
         self.decay, self.threshold, self.surrogate, self.slope = float(decay), float(threshold), surrogate, float(slope)
+        self.estimator = SURROGATES[surrogate](self.slope)
 
     def forward(self, currents: Tensor) -> Tensor:
         potential, spikes = torch.zeros_like(currents[:, 0]), torch.zeros_like(currents[:, 0])  # [examples, units]
         fired = []
         for current in currents.unbind(1):
             potential = self.decay * potential + current - self.threshold * spikes
-            spikes = Spike.apply(potential - self.threshold, self.surrogate, self.slope)
+            spikes = spike(potential - self.threshold, self.estimator)
             fired.append(spikes)
         return torch.stack(fired, 1)
 

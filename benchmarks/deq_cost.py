@@ -4,7 +4,7 @@ r"""What the gradient of a deep equilibrium layer costs: error, products of the 
 
 z = tanh(z Wᵀ + x Uᵀ), 64 × 128, float32, one thread; loss ⟨z, G⟩ with a fixed normal G. Errors are ‖ĝ - g‖ / ‖g‖ of the gradient of W, g by a float64 dense
 adjoint at a float64 solution. Saved bytes count a storage once, inputs and weights left out; beside them, those of solves of exactly 10 and exactly 1,000
-iterations. Times are the least and the median of forward and backward, contenders taking turns. torchdeq (extra `peers`) is left out, and the record says
+iterations. CPU times are the least and the median of forward and backward, contenders taking turns. torchdeq (extra `peers`) is left out, and the record says
 so, where it is not installed.
 """
 
@@ -141,9 +141,9 @@ def compared(norm: float, repeats: int, installed: bool) -> list[dict[str, Any]]
     times: dict[str, list[float]] = {name: [] for name in layers}
     for _ in range(repeats):
         for name, layer in layers.items():
-            started = time.perf_counter()
+            started = time.process_time()
             gradient(layer, cell, u, bar)
-            times[name].append(time.perf_counter() - started)
+            times[name].append(time.process_time() - started)
     for name, row in rows.items():
         row |= {"least_ms": 1e3 * min(times[name]), "median_ms": 1e3 * statistics.median(times[name])}
         products = f"{row.get('products', '-'):>4} products" if "products" in row else " " * 13

@@ -4,9 +4,12 @@
     python benchmarks/equilibrium_hardware.py --seeds 0 1 2 3 4 --out benchmarks/records/equilibrium_hardware.json
 
 nudges       a 64-64-10 Hopfield net (an energy) whose states are disturbed by N(0, 0.04²) after every sweep, and whose weights are each off by a share from
-             N(0, 0.03²), the same in all phases: one-sided and symmetric nudges of 0.02, the same of 0.4, four points on a circle of 0.4, these also online
+             N(0, 0.03²), the same in all phases: one-sided and symmetric nudges of 0.02, the same of 0.4, and four points on a circle of 0.4
 asymmetric   a 64-64-64-10 net whose first weights up and down are 120 degrees apart, without correction: plain, with the homeostatic loss, with the same update
              both ways and weight decay; beside the correction, and backprop through 30 sweeps, with the homeostatic loss and without
+
+Rates, and the weights of the homeostatic loss and of the decay, are chosen on a sixth of the training set, held out, by one seed; three epochs for the
+nudges, six for the nets without symmetry. About ten minutes in all on one core.
 """
 
 from typing import Any
@@ -17,14 +20,13 @@ from tuned import Table
 from altgrad.training import Training
 
 DEVICE: dict[str, Any] = {"noise": 0.04, "mismatch": 0.03, "steps": 20}
-RATES = (1e-3, 3e-3)
+RATES = (1e-3, 3e-3, 1e-2)
 NUDGES: dict[str, dict[str, Any]] = {
     "one-sided 0.02": {"nudge": "one-sided", "beta": 0.02},
     "symmetric 0.02": {"nudge": "symmetric", "beta": 0.02},
     "one-sided 0.4": {"nudge": "one-sided", "beta": 0.4},
     "symmetric 0.4": {"nudge": "symmetric", "beta": 0.4},
     "holomorphic 0.4": {"nudge": "holomorphic", "beta": 0.4, "points": 4},
-    "online 0.4": {"nudge": "holomorphic", "beta": 0.4, "points": 4, "online": 5, "periods": 3},
 }
 HOPFIELD = {"problem": "hopfield-digits", "problem_settings": {"hidden": "64"}}
 APART = {"hidden": "64-64", "angle": 120.0}
@@ -39,7 +41,7 @@ def nudged(settings: dict[str, Any], device: dict[str, Any], *, asked: str) -> d
             "problem_settings": {"hidden": "64"},
             "engine": "equilibrium",
             "engine_settings": {**settings, **device},
-            "epochs": 6,
+            "epochs": 3,  # every sweep draws its noise, and all are taken
         },
         "candidates": [{"lr": rate} for rate in RATES],
         "tuning_seeds": [10],
@@ -62,19 +64,19 @@ ROWS: dict[str, dict[str, Any]] = {
     "apart, backprop": apart("backprop", [{"lr": rate} for rate in RATES], asked="the figure beside which the others stand"),
     "apart, backprop with homeostasis": apart(
         "backprop",
-        [{"lr": rate, "problem_settings": {**APART, "homeostasis": weight}} for rate in RATES for weight in (0.1, 1.0)],
+        [{"lr": rate, "problem_settings": {**APART, "homeostasis": weight}} for rate in RATES[1:] for weight in (0.1, 1.0)],
         asked="the loss under another rule",
     ),
     "apart, correction": apart("equilibrium", [{"lr": rate} for rate in RATES], asked="exact without symmetry", engine_settings={"tolerance": 1e-3}),
     "apart, plain": apart("equilibrium", [{"lr": rate} for rate in RATES], asked="the documented bias", engine_settings=FIELD),
     "apart, homeostasis": apart(
         "equilibrium",
-        [{"lr": rate, "engine_settings": {**FIELD, "correction": "homeostasis", "homeostasis": weight}} for rate in RATES for weight in (1.0, 10.0)],
+        [{"lr": rate, "engine_settings": {**FIELD, "correction": "homeostasis", "homeostasis": weight}} for rate in RATES[1:] for weight in (1.0, 10.0)],
         asked="less asymmetry and more accuracy than plain",
     ),
     "apart, same update": apart(
         "equilibrium",
-        [{"lr": rate, "optimizer": "AdamW", "optimizer_settings": {"weight_decay": decay}} for rate in RATES for decay in (1.0, 10.0)],
+        [{"lr": rate, "optimizer": "AdamW", "optimizer_settings": {"weight_decay": decay}} for rate in RATES[1:] for decay in (1.0, 10.0)],
         asked="weight decay takes the difference away",
         engine_settings={**FIELD, "update": "same"},
     ),

@@ -4,7 +4,8 @@
 
 orders     one-sided and symmetric: log2 of the factor by which the error falls as β halves, 0.02 → 0.01; holomorphic: the factor from N to N + 2 at |β| = 0.1
            until rounding (1e-11). On a layered Hopfield net (an energy), random recurrent nets of 40 units without symmetry, and a feed-forward tanh MLP.
-correction four points at |β| = 0.1, in float32 and float64, with correction="asymmetric" and "none", at several gains of the recurrent weights
+correction four points at |β| = 0.1, in float32 and float64, with correction="asymmetric" and "none", at several gains of the recurrent weights; six beside them
+sweeps     the most that an example's free relaxation takes to 1e-12: nets that settle slowly are near an edge, and a nudge of 0.1 may be beyond it
 probes     the mean of the homeostatic estimate over 100,000 normal probes beside ½ ‖J - Jᵀ‖²_F / dim
 
 Errors are ‖ĝ - g‖ / ‖g‖ over all parameters; g is the adjoint by a dense linear system (autograd's for the MLP), in float64, so that all of float32's rounding
@@ -88,8 +89,15 @@ def corrected(problem: Problem, batch: Batch, exact: Tree) -> dict[str, float]:
     return {
         "asymmetric, float64": error(problem, batch, exact, **four),
         "asymmetric, float32": error(problem, batch, exact, torch.float32, **four),
+        "asymmetric, six points, float64": error(problem, batch, exact, **{**four, "points": 6}),
         "none, float64": error(problem, batch, exact, **four, correction="none"),
     }
+
+
+def slowness(problem: Problem, batch: Batch) -> int:
+    """The most sweeps of a free relaxation; none for a chain, which is at rest after its forward pass."""
+    params = {name: value.detach() for name, value in problem.params().items()}
+    return int(Equilibrium(steps=3000, tolerance=1e-12).system(problem, params, batch, Key(7), {}).settled.sweeps.max())
 
 
 def probed(probes: int) -> dict[str, float]:
@@ -119,13 +127,14 @@ def main() -> None:
     for seed in (3,) if options.short else (3, 4, 5):
         for name, (problem, batch) in nets((0.4,) if options.short else (0.3, 0.6, 0.9), seed).items():
             exact = exact_of(problem, batch)
-            row = {"net": name, "seed": seed, "orders": orders(problem, batch, exact), "correction": corrected(problem, batch, exact)}
+            row: dict[str, Any] = {"net": name, "seed": seed, "sweeps": slowness(problem, batch)}
+            row |= {"orders": orders(problem, batch, exact), "correction": corrected(problem, batch, exact)}
             rows.append(row)
-            seen: dict[str, Any] = row["orders"]
+            seen = row["orders"]
             print(
-                f"{name:24} seed {seed}  order one-sided {seen['one-sided']['order']:.2f}, symmetric {seen['symmetric']['order']:.2f};  "
+                f"{name:24} seed {seed}  {row['sweeps']:3} sweeps  order one-sided {seen['one-sided']['order']:.2f}, symmetric {seen['symmetric']['order']:.2f};  "
                 f"N to N + 2: at least {seen['holomorphic']['least factor'] or math.inf:.0f} x;  "
-                + ", ".join(f"{key} {value:.1e}" for key, value in corrected(problem, batch, exact).items()),
+                + ", ".join(f"{key} {value:.1e}" for key, value in row["correction"].items()),
                 flush=True,
             )
     estimate = probed(1000 if options.short else 100_000)

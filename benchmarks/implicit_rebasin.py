@@ -1,6 +1,6 @@
 """Re-basin: the loss barrier between two digits networks trained apart, before and after hidden units are permuted through implicit Sinkhorn layers.
 
-    python benchmarks/implicit_rebasin.py [--out benchmarks/records/implicit_rebasin.json] [--seeds 3] [--short]
+    python benchmarks/implicit_rebasin.py [--out benchmarks/records/implicit_rebasin.json] [--seeds 3] [--first 3] [--short]
 
 Two 64-64-64-10 mlps on scikit-learn's digits, from other first weights and in another order of the data; the problem's default settings, five passes over the
 training set. The barrier is the largest rise of the loss over the straight line between the ends' losses, at 25 points of the path, with the nearest
@@ -40,14 +40,15 @@ def aligned(seed: int, objective: str, epochs: int, hidden: str) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=None)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first", type=int, default=3, help="the first of them; 0 to 2 were looked at while the settings were chosen")
     parser.add_argument("--short", action="store_true", help="one seed, 16-16, one pass")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     epochs = 1 if arguments.short else Rebasin.defaults["epochs"]
     rows = []
     for objective in ("both", "weights", "midpoint"):
-        for seed in range(1 if arguments.short else arguments.seeds):
+        for seed in range(arguments.first, arguments.first + (1 if arguments.short else arguments.seeds)):
             row = aligned(seed, objective, epochs, "16-16" if arguments.short else "64-64")
             rows.append(row)
             found = row["test"]

@@ -3,8 +3,9 @@
     python benchmarks/implicit_speed.py --out benchmarks/records/implicit_speed.json
 
 w = argmin ‖X w − y‖² / 2 + λ ‖w‖² / 2, X [4 p, p] in float64; the CPU time of d⟨c, w⟩ / dλ, forward solution included: the median of `repeats` turns, and its
-ratio to TorchOpt's CG and to torch.linalg.solve under autograd. Every row solves forward by torch.linalg.solve on XᵀX + λ except "root" (Newton, whose factors
-the adjoint uses again), "ridge" (the ready problem) and "Cholesky by hand", which is what the arithmetic alone costs. Iterative adjoints run matrix-free to
+ratio to TorchOpt's CG and to torch.linalg.solve under autograd. Every row solves forward by torch.linalg.solve on XᵀX + λ except "factor reused" (by its
+Cholesky factor, which the solver hands over for the adjoint), "root" (Newton, whose factors the adjoint uses again), "ridge" (the ready problem) and "Cholesky
+by hand", which is what the arithmetic alone costs. Iterative adjoints run matrix-free to
 the relative tolerance `tol` in both packages. TorchOpt is in the extra `peers`; without it the record says so.
 """
 
@@ -19,7 +20,7 @@ from implicit_peers import installed, missing
 from recording import record
 from torch import Tensor
 
-from altgrad.implicit import custom_root, ridge, root
+from altgrad.implicit import Solved, custom_root, ridge, root
 
 STRENGTH = 3.0
 
@@ -50,9 +51,14 @@ def contenders(size: int, tol: float, *, torchopt: bool) -> dict[str, Callable[[
         w, u = torch.cholesky_solve(torch.stack([x.T @ y, c], 1), factor).unbind(1)
         return -(u @ w)
 
+    def factored(slope: Callable[..., Tensor], start: Tensor, strength: Tensor) -> Solved:
+        factor = torch.linalg.cholesky(x.T @ x + strength * eye)
+        return Solved(torch.cholesky_solve((x.T @ y).unsqueeze(1), factor).squeeze(1), cholesky=factor)
+
     found = {
         "altgrad cg": timed(lambda strength: custom_root(slope, adjoint="cg", adjoint_tol=tol)(exact)(start, strength)),
         "altgrad lu": timed(lambda strength: custom_root(slope, adjoint="lu")(exact)(start, strength)),
+        "altgrad factor reused": timed(lambda strength: root(slope, start, strength, solver=factored)),
         "altgrad root": timed(lambda strength: root(slope, start, strength)),
         "altgrad ridge": timed(lambda strength: ridge(x, y, strength)),
         "torch.linalg.solve": timed(lambda strength: exact(start, strength)),
@@ -101,7 +107,7 @@ def main() -> None:
     peers = installed()
     sizes, repeats = ((50,), 20) if arguments.short else ((50, 500), arguments.repeats)
     rows = {str(size): measured(size, arguments.tol, max(repeats // (1 if size < 100 else 10), 5), torchopt=not missing(peers, "torchopt")) for size in sizes}
-    asked = {"p = 50: altgrad cg of TorchOpt cg": 0.5, "p = 50: altgrad ridge of TorchOpt cg": 0.125, "p = 500: altgrad ridge of torch.linalg.solve": 1.1}
+    asked = {"p = 50: altgrad cg of TorchOpt cg": 0.5, "p = 50: altgrad factor reused of TorchOpt cg": 0.125, "p = 500: altgrad ridge of torch.linalg.solve": 1.1}
     record(arguments.out, {"tol": arguments.tol, "repeats": repeats, "peers": peers, "asked": asked, "sizes": rows})
 
 

@@ -6,8 +6,8 @@ The settings below are part of the figure. They were chosen on seed 10: digits a
 sigma 0.05, 0.1 (0.2) and lr 1e-2 to 5e-2; cart-pole on seeds 10 to 12 over lr 0.03, 0.05 and 0.1 (at a constant 0.03 one seed in three loses the
 pole again after sixty updates); char-lm's network and rates on another text (moby-dick, its test part
 among it), so that nothing of the corpus reported here was looked at. Two further runs of char-lm, seed 0: 2.430 after 12,000 steps; 2.549 after 6,000 with
-lr 3e-2 and sigma falling from 0.05 to 0.01, which had been ahead on moby-dick after 1,500 steps (2.407 against 2.441). Scored after the last step, on seeds 0 to 2.
-Where there is no gradient, no backprop row exists.
+lr 3e-2 and sigma falling from 0.05 to 0.01, which had been ahead on moby-dick after 1,500 steps (2.407 against 2.441). Scored after the last step, on
+seeds 0 to 2. Where there is no gradient, no backprop row exists.
 """
 
 import argparse

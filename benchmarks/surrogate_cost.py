@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/surrogate_cost.py [--short] [--out benchmarks/records/surrogate_cost.json]
 
 Step: forward and backward of 1,024 inputs through 256-1024-1024-10, batch norm and a sign before every layer behind the first, float32, one thread,
-without an optimizer. Bare: forward and backward of the operation alone on a million numbers. Times are the least of several rounds in which all
-estimators take turns. Bytes are those that autograd keeps for the backward sweep of the bare operation, in tensors of the input's size; `detach form` is
-the same ReSTE written as f(x) + (q(x) - f(x)).detach().
+without an optimizer. Bare: forward and backward of the operation alone on a million numbers. Times are seconds of the processor's, the medians of rounds
+in which all estimators take turns; a ratio is the median of the quotients round by round. Bytes are those that autograd keeps for the backward sweep of the
+bare operation, in tensors of the input's size; `detach form` is the same ReSTE written as f(x) + (q(x) - f(x)).detach().
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -39,16 +40,21 @@ def detach_form(x: Tensor) -> Tensor:
     return soft + (surrogates.sign(x) - soft).detach()
 
 
-def least(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Seconds of each call: the least of `repeats` rounds in which all take turns."""
-    found = {name: float("inf") for name in calls}
+def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each call in each of `repeats` rounds in which all take turns."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(repeats + 1):
         for name, call in calls.items():
-            started = time.perf_counter()
+            started = time.process_time()
             call()
             if round_:  # the first round warms up
-                found[name] = min(found[name], time.perf_counter() - started)
+                found[name].append(time.process_time() - started)
     return found
+
+
+def ratio(own: list[float], reference: list[float]) -> float:
+    """The median quotient of two calls that took turns."""
+    return statistics.median(a / b for a, b in zip(own, reference, strict=True))
 
 
 def saved(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -80,15 +86,15 @@ def main() -> None:
     def bare(call: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(call(x).sum(), x)
 
-    steps = least({name: step(model) for name, model in models.items()}, arguments.repeats)
-    alone = least({name: bare(surrogates.get(name)) for name in names}, arguments.repeats)
+    steps = timed({name: step(model) for name, model in models.items()}, arguments.repeats)
+    alone = timed({name: bare(surrogates.get(name)) for name in names}, arguments.repeats)
     rows = [
         {
             "estimator": name,
-            "step_seconds": steps[name],
-            "step_ratio": steps[name] / steps[REFERENCE],
-            "bare_seconds": alone[name],
-            "bare_ratio": alone[name] / alone[REFERENCE],
+            "step_seconds": statistics.median(steps[name]),
+            "step_ratio": ratio(steps[name], steps[REFERENCE]),
+            "bare_seconds": statistics.median(alone[name]),
+            "bare_ratio": ratio(alone[name], alone[REFERENCE]),
             "saved_tensors": saved(surrogates.get(name), x),
         }
         for name in names

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from test_equilibrium import KEY, drawn, error, look
+from test_equilibrium import KEY, Bowl, drawn, error, look
 from tolerances import tolerance
 
 from altgrad.cli import cli
@@ -232,22 +232,58 @@ def sweeps_to(residual, net, x, way):
     raise AssertionError("not at rest")
 
 
-@pytest.mark.parametrize("residual", [1e-3, 1e-6, 1e-10])
-def test_alternating_sweeps_of_a_deep_net_are_half_as_many_at_the_same_residual(residual):
-    net = LayeredHopfield([24, 32, 32, 32, 5], key=Key(3)).double()
+def minding(net, scale, *shape):
+    """`net` with weights so large that its layers mind one another, and inputs."""
     with torch.no_grad():
-        for weight in net.weights:
-            weight.mul_(1.5)  # so that layers mind one another
-    x = drawn("x", 6, 24)
-    together, alternating = (sweeps_to(residual, net, x, way) for way in (net.step, net.sweep))
-    assert float(together.sum()) >= 2 * float(alternating.sum())
+        for weight in net.double().weights:
+            weight.mul_(scale)
+    return Settling(net, squared_error), Batch(drawn("inputs", 8, *shape), torch.arange(8))
 
 
-@pytest.mark.parametrize(("build", "factor"), [(conv, 1.8), (lambda: conv(pooling="max"), 1.8), (lambda: graph(HALVES, gain=1.5), 1.8), (graph, 1.1)])
-def test_alternating_sweeps_are_fewer_on_other_nets(build, factor):
+ALTERNATING = {  # of benchmarks/equilibrium_sweeps.py
+    "784-512-10": lambda: minding(LayeredHopfield([784, 512, 10], key=Key(3)), 2, 784),
+    "conv": lambda: minding(ConvHopfield((1, 12, 12), [8, 16], 10, key=Key(3)), 1.5, 1, 12, 12),
+    "conv max": lambda: minding(ConvHopfield((1, 12, 12), [8, 16], 10, key=Key(3), pooling="max"), 1.2, 1, 12, 12),
+    "two colours": lambda: graph(HALVES, gain=1.5),
+}
+
+
+@pytest.mark.parametrize("residual", [1e-3, 1e-6, 1e-10])
+@pytest.mark.parametrize("build", ALTERNATING.values(), ids=ALTERNATING)
+def test_alternating_sweeps_as_the_engine_takes_them_are_half_as_many_at_the_same_residual(build, residual):
     problem, batch = build()
+    net, engine = problem.model, Equilibrium()
+    assert float(sweeps_to(residual, net, batch.inputs, net.step).sum()) >= 2 * float(sweeps_to(residual, net, batch.inputs, engine.sweep(problem)).sum())
+
+
+def test_where_no_order_leaves_units_apart_sweeps_are_fewer_all_the_same():
+    problem, batch = graph()
     net = problem.model
-    assert float(sweeps_to(1e-8, net, batch.inputs, net.step).sum()) >= factor * float(sweeps_to(1e-8, net, batch.inputs, net.sweep).sum())
+    assert net.relaxation == 1
+    assert float(sweeps_to(1e-8, net, batch.inputs, net.step).sum()) >= 1.1 * float(sweeps_to(1e-8, net, batch.inputs, net.sweep).sum())
+
+
+@pytest.mark.parametrize("relaxation", [0.7, 1.0, 1.3])
+@pytest.mark.parametrize("nudge", ["symmetric", "holomorphic"])
+@pytest.mark.parametrize("name", ["conv softmax", "layers, cross-entropy inside", "graph of two colours"])
+def test_relaxation_leaves_the_rest_alone(name, nudge, relaxation):
+    problem, batch = BUILDS[name]()
+    one, other = (look(Equilibrium(nudge=nudge, steps=2000, relaxation=given), problem, batch) for given in (None, relaxation))
+    assert float(one.metrics["forwards"]) != float(other.metrics["forwards"])
+    assert error(dict(other.grads), dict(one.grads)) < tolerance("rounding64")
+
+
+def test_an_over_relaxed_sweep_moves_every_layer_beyond_its_rest():
+    problem, batch = layered()
+    params, net = problem.params(), problem.model
+    state = tuple(drawn(f"state {number}", 4, *shape) for number, shape in enumerate(net.shapes))
+    with torch.no_grad():
+        even = net.step(params, state, batch.inputs, None, [0, 2])
+        even = tuple(old + 1.3 * (new - old) for old, new in zip(state, even, strict=True))
+        odd = net.step(params, even, batch.inputs, None, [1])
+        wanted = tuple(old + 1.3 * (new - old) for old, new in zip(even, odd, strict=True))
+        for one, other in zip(net.sweep(params, state, batch.inputs, None, 1.3), wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 def test_a_field_rests_where_its_groups_bring_it():
@@ -259,6 +295,15 @@ def test_a_field_rests_where_its_groups_bring_it():
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------------------------
+
+
+def test_relaxation_is_refused_where_no_sweep_takes_it():
+    with pytest.raises(SettingError, match=r"relaxation=2.0 is not allowed; it must be None or in \(0, 2\)"):
+        Equilibrium(relaxation=2.0)
+    for engine, problem in ((Equilibrium(relaxation=1.2, sweeps="together"), layered()[0]), (Equilibrium(relaxation=1.2), Settling(Bowl(), squared_error))):
+        with pytest.raises(CapabilityError, match="only alternating sweeps"):
+            fit_check(engine, problem)
+    look(Equilibrium(), Settling(Bowl(), squared_error), Batch(drawn("x", 6, 12), torch.arange(6) % 5))
 
 
 @pytest.mark.parametrize("form", ["energy", "field"])

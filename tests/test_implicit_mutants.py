@@ -17,14 +17,20 @@ from altgrad.linear_solvers import LinearOutcome
 
 def transposed_once(patch):
     """The adjoint solves with A where Aᵀ is meant."""
-    plain = equation.Equation.inverse
-    patch.setattr(equation.Equation, "inverse", lambda self, b, x, theta, *, transpose: plain(self, b, x, theta, transpose=not transpose))
+    plain = equation.Equation.solved_linear
+    patch.setattr(equation.Equation, "solved_linear", lambda self, tangent, b, *, transpose: plain(self, tangent, b, transpose=not transpose))
 
 
 def negated(patch):
     """The wrong sign of θ̄."""
-    plain = equation.Equation.inverse
-    patch.setattr(equation.Equation, "inverse", lambda self, b, x, theta, *, transpose: -plain(self, b, x, theta, transpose=transpose))
+    plain = equation.Equation.solved_linear
+    patch.setattr(equation.Equation, "solved_linear", lambda self, tangent, b, *, transpose: -plain(self, tangent, b, transpose=transpose))
+
+
+def fast_path_negated(patch):
+    """The wrong sign of θ̄ in a first derivative by torch.autograd only."""
+    plain = equation.Equation.pulled
+    patch.setattr(equation.Equation, "pulled", lambda *args: tuple(-part for part in plain(*args)))
 
 
 def solution_detached(patch):
@@ -37,7 +43,7 @@ def solution_detached(patch):
 
     def backward(ctx, bar):
         x, theta = ctx.kept, ctx.saved_tensors
-        u = rule.Inverse.apply(ctx.equation, True, bar, x, *theta)
+        u = rule.Inverse.run(ctx.equation, True, bar, x, *theta)
         which = [index for index in rule.floats(theta) if ctx.needs_input_grad[2 + index]]
         _, pull = rule.pullback(rule.in_parameters(ctx.equation, x, theta, which), *(theta[index] for index in which))
         bars = [None] * len(theta)
@@ -117,6 +123,7 @@ def residual_of_nothing(patch):
 MUTANTS = {
     "A for its transpose": (transposed_once, lambda: implicit.test_affine_map_of_200_gives_both_gradients("lu")),
     "wrong sign": (negated, lambda: implicit.test_affine_contraction_has_derivative_two("newton")),
+    "wrong sign, first order": (fast_path_negated, lambda: implicit.test_affine_map_of_200_gives_both_gradients("gmres")),
     "half a second derivative": (solution_detached, lambda: implicit.test_autograd_gives_three_derivatives_with_every_adjoint("lu")),
     "silent": (silent, lambda: implicit.test_ill_conditioned_systems_are_right_or_say_so(1e6, "normal-cg", torch.float64)),
     "boasting": (boasting, lambda: implicit.test_ill_conditioned_systems_are_right_or_say_so(1e6, "normal-cg", torch.float64)),

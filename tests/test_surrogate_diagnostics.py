@@ -1,5 +1,6 @@
 """What the log says of surrogates: each figure against its own formula, and the cosine against gradients that are known."""
 
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -132,31 +133,25 @@ def test_a_wrong_setting_is_refused(name, value):
         registry.engine("straight-through", {name: value})
 
 
+TRAIN = (
+    "train --engine straight-through --model-setting hidden=8-8 --quantize weights=sign:reste "
+    "-s diagnose=1 -s diagnose_pairs=2 --lr 0.05 --steps 4 --save-every 3 -q --out run"
+).split()
+
+
 def test_they_are_in_the_log_and_flips_go_on_after_resuming():
-    quantize = ("--model-setting", "hidden=8-8", "--quantize", "weights=sign:reste")
-    given = (
-        "train",
-        "--engine",
-        "straight-through",
-        *quantize,
-        "-s",
-        "diagnose=2",
-        "-s",
-        "diagnose_pairs=4",
-        "--lr",
-        "0.05",
-        "--steps",
-        "8",
-        "--save-every",
-        "3",
-        "-q",
-    )
-    done = invoke(*given, "--out", "run")
+    done = invoke(*TRAIN)
     assert done.exit_code == 0, done.output
-    figures = [row for row in rows("run") if "flips/2.weight" in row]
-    assert len(figures) == 4
-    assert any(row["flips"] > 0 for row in figures)
-    assert {"cosine", "cosine/0.weight", "dead", "estimating-error/2.weight", "gradient-variance"} <= set(figures[0])
+    first = [row for row in rows("run") if "flips/2.weight" in row]
+    assert len(first) == 4
+    assert first[-1]["flips"] > 0
+    assert {"cosine", "cosine/0.weight", "dead", "estimating-error/2.weight", "gradient-variance"} <= set(first[0])
+    third, _ = sorted(Path("run/checkpoints").glob("step-*"))
+    Path("run/checkpoints/latest").write_text(f"{third.name}\n")  # as if it had ended behind step 3
+    resumed = invoke("resume", "run", "-q")
+    assert resumed.exit_code == 0, resumed.output
+    again = [row for row in rows("run") if "flips/2.weight" in row]
+    assert [row["flips"] for row in again] == [row["flips"] for row in first]
 
 
 # -- teeth -------------------------------------------------------------------------------------------------------------------------

@@ -288,23 +288,23 @@ def test_five_transforms_give_one_derivative(name):
     assert [transform for transform, h in found.items() if not torch.equal(h, wanted)] == []
 
 
-@pytest.mark.parametrize("name", ["clipped", "reste", "biper"])
-def test_a_compiled_function_gives_the_same_values_and_derivatives(name):
-    estimator = surrogates.get(name)
+def test_compiled_functions_give_the_same_values_and_derivatives():
+    estimators = [surrogates.get(name) for name in NAMES]
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: estimator(2 * x).square() + estimator(x), fullgraph=True, backend="eager")
+    compiled = torch.compile(lambda x: [estimator(x) for estimator in estimators], fullgraph=True, backend="eager")  # all at once: tracing takes its time
     x = POINTS.clone().requires_grad_()
-    y = compiled(x)
-    plain = estimator(2 * POINTS).square() + estimator(POINTS)
-    assert torch.equal(y.detach(), plain)
-    own = 4 * estimator(2 * POINTS) * estimator.derivative(2 * POINTS) + estimator.derivative(POINTS)
-    assert (torch.autograd.grad(y.sum(), x)[0] - own).abs().max() < 1e-9
+    for estimator, y in zip(estimators, compiled(x), strict=True):
+        assert torch.equal(y.detach(), estimator(POINTS)), estimator
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], estimator.derivative(POINTS)), estimator
 
 
-def test_a_second_derivative_is_that_of_the_surrogate():
-    estimator = surrogates.get("atan")
-    second = torch.func.vmap(torch.func.grad(torch.func.grad(estimator)))(POINTS)
-    assert (second - torch.func.vmap(torch.func.grad(estimator.derivative))(POINTS)).abs().max() <= EXACT
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_derivative_is_that_of_the_surrogate(name):
+    estimator, step = surrogates.get(name), 1e-5
+    x = grid(estimator, count=61)
+    second = torch.func.vmap(torch.func.grad(torch.func.grad(estimator)))(x)
+    difference = (estimator.derivative(x + step) - estimator.derivative(x - step)) / (2 * step)
+    assert (second - difference).abs().max() <= 1e-5 * max(1.0, float(difference.abs().max()))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -245,6 +245,17 @@ def test_rows_are_drawn_and_differentiated_each_for_itself(name):
     assert (together - each).abs().max() <= EXACT
 
 
+def test_compiled_functions_give_the_same_samples_and_gradients():
+    estimators, u = [surrogates.get(name) for name in DRAWING], torch.stack([outcome(1), outcome(4)])
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: [estimator(x, noise=u) for estimator in estimators], fullgraph=True, backend="eager")
+    x = torch.stack([LOGITS, -LOGITS]).requires_grad_()
+    for estimator, y in zip(estimators, compiled(x), strict=True):
+        plain = estimator(x, noise=u)
+        assert torch.equal(y, plain), estimator
+        assert torch.equal(*(torch.autograd.grad(found.square().sum() + found[..., 0].sum(), x)[0] for found in (y, plain))), estimator
+
+
 # -- mistakes ----------------------------------------------------------------------------------------------------------------------
 
 

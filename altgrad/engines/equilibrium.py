@@ -11,6 +11,7 @@ among them, is such a field, at rest after its forward pass. The nudge is the lo
 import math
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Equilibrium(Engine):
     homeostasis: float = option(1.0, "correction='homeostasis': weight of that loss, >= 0")
     form: str = option("auto", "'energy', 'field', or 'auto': the energy where the problem has one")
     sweeps: str = option("alternating", "energies with sweeps of their own: 'alternating' (every second layer, then the others) or 'together'")
+    relaxation: float | None = option(None, "alternating sweeps move a layer by so many times what would put it to rest, in (0, 2); none for the net's own")
     steps: int = option(200, "the most sweeps of a relaxation, >= 1")
     tolerance: float | None = option(None, "residual, relative to 1 + max |s|, at which an example is at rest; none for 32 roundings of its precision")
     damping: float = option(0.0, "share of the old state that a sweep keeps, in [0, 1); for systems that overshoot")
@@ -94,6 +96,7 @@ class Equilibrium(Engine):
         require(0 <= self.homeostasis < math.inf, "homeostasis", self.homeostasis, "a number >= 0")
         require(isinstance(self.steps, int) and self.steps >= 1, "steps", self.steps, "a whole number >= 1")
         require(self.tolerance is None or 0 < self.tolerance < math.inf, "tolerance", self.tolerance, "None or a number > 0")
+        require(self.relaxation is None or 0 < self.relaxation < 2, "relaxation", self.relaxation, "None or in (0, 2)")
         require(0 <= self.damping < 1, "damping", self.damping, "in [0, 1)")
         require(0 <= self.noise < math.inf, "noise", self.noise, "a number >= 0")
         require(0 <= self.mismatch < math.inf, "mismatch", self.mismatch, "a number >= 0")
@@ -154,6 +157,11 @@ class Equilibrium(Engine):
                 raise CapabilityError(f"{describe(self)}: {name} is {value.dtype}, which cannot tell a nudged state from a free one; train in float32.")
         if self.update == "same":
             pairs_of(problem, describe(self))
+        if self.relaxation not in (None, 1) and (self.sweeps == "together" or not hasattr(getattr(problem, "model", None), "relaxation")):
+            raise CapabilityError(
+                f"{describe(self)}: only alternating sweeps of a net whose sweep takes a relaxation (altgrad.equilibrium.nets) can overshoot. "
+                "Use relaxation=None."
+            )
         if kind != "blocks":
             starts(problem)
             if self.complex:
@@ -183,6 +191,12 @@ class Equilibrium(Engine):
         """The residual at which an example is at rest."""
         return ROUNDINGS * torch.finfo(tensor.dtype).eps if self.tolerance is None else self.tolerance
 
+    def sweep(self, problem: Problem) -> Any:
+        """The problem's own sweeps in the order asked for, over-relaxed; none where it has none."""
+        own, net = getattr(problem, SWEEPS[self.sweeps], None), getattr(problem, "model", None)
+        factor = 1.0 if self.sweeps == "together" else getattr(net, "relaxation", 1.0) if self.relaxation is None else self.relaxation
+        return own if own is None or factor == 1 else partial(own, relaxation=factor)
+
     def system(self, problem: Problem, params: Tree, batch: Batch, key: Key, buffers: Tree, begin: State | None = None) -> Energy | Field:
         """What is relaxed, at its free state; `buffers` are written where a model has some; `begin`: where the relaxation does, if not at rest."""
         kind, some = self.kind(problem), next(iter(params.values()))
@@ -194,7 +208,7 @@ class Equilibrium(Engine):
         start, inputs = rest(params, batch.inputs) if begin is None else begin, batch.inputs
         relaxing: dict[str, Any] = {"steps": self.steps, "tolerance": self.limit(some), "damping": self.damping, "acceleration": self.acceleration}
         relaxing |= {"disturb": disturbed(self.noise, key, "free", batch), "prepared": getattr(problem, "prepared", None)}
-        sweep = getattr(problem, SWEEPS[self.sweeps], None)
+        sweep = self.sweep(problem)
 
         def outputs(state: State) -> Any:
             return readout(params, state, inputs)
@@ -203,7 +217,7 @@ class Equilibrium(Engine):
             coupling = getattr(problem, "coupling", None)
             return Energy(problem.energy, sweep or descent(problem.energy), params, start, inputs, outputs, coupling=coupling, **relaxing)
         net = getattr(problem, "model", None)
-        drive = getattr(net, "drive", None)
+        drive = None if self.correction == "asymmetric" else getattr(net, "drive", None)  # for a J that is symmetric where the weights are
         step = problem.step if drive is None else net.step  # type: ignore[union-attr]  # which takes a push
         return settling_field(step, params, start, inputs, outputs, sweep=sweep, drive=drive, **relaxing)
 

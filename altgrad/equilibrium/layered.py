@@ -52,6 +52,13 @@ def first_weights(key: Key, name: str, shape: Sequence[int], gain: float) -> nn.
     return nn.Parameter(noise.draw("normal", key.fold("model"), tensor_id(name), [0], shape)[0] * (gain / math.sqrt(math.prod(shape[1:]))))
 
 
+def beyond(old: State, new: State, relaxation: float) -> State:
+    """old + relaxation · (new - old), leaf by leaf: successive over-relaxation where it is above 1."""
+    return (
+        new if relaxation == 1 else tuple(after if after is before else torch.lerp(before, after, relaxation) for before, after in zip(old, new, strict=True))
+    )
+
+
 class Driven(NamedTuple):
     """Inputs as sweeps take them: what they tell the first layer, the same at every sweep."""
 
@@ -68,6 +75,8 @@ class Layered(nn.Module):
         sweeps: of the plain forward pass, from ρ(0).
         classes: outputs of a read-out outside the system; None: the last layer is the output.
     """
+
+    relaxation = 1.1  # of sweeps, unless told otherwise
 
     def __init__(self, shapes: Sequence[Sequence[int]], kinds: Sequence[str], *, key: Key, sweeps: int, classes: int | None = None):
         super().__init__()
@@ -138,13 +147,15 @@ class Layered(nn.Module):
             found[number] = activation(self.kinds[number], drive if force is None else drive + force[number])
         return tuple(found)
 
-    def sweep(self, params: Tree, s: State, x: Tensor | Driven, force: State | None = None) -> State:
-        """Every second layer, then the others.
+    def sweep(self, params: Tree, s: State, x: Tensor | Driven, force: State | None = None, relaxation: float = 1.0) -> State:
+        """Every second layer, then the others, each moved by `relaxation` times what would put it to rest.
 
-        Where layers are coupled linearly each is put where E is least given its neighbours, so that E never rises. Max-pooling is convex in what it
-        pools: while the layer above is not negative (sigmoid) a bound on E is made least, and E never rises either.
+        With 1, where layers are coupled linearly, each is put where E is least given its neighbours, so that E never rises. Max-pooling is convex in
+        what it pools: while the layer above is not negative (sigmoid) a bound on E is made least, and E never rises either.
         """
-        return self.step(params, self.step(params, s, x, force, range(0, len(s), 2)), x, force, range(1, len(s), 2))
+        for first in range(2):
+            s = beyond(s, self.step(params, s, x, force, range(first, len(s), 2)), relaxation)
+        return s
 
     def forward(self, x: Tensor) -> Tensor:
         params: Tree = dict(self.named_parameters())
@@ -154,4 +165,4 @@ class Layered(nn.Module):
         return self.readout(params, s)
 
 
-__all__ = ["RANGES", "READOUTS", "Driven", "Layered", "activation", "check_activation", "first_weights", "integral"]
+__all__ = ["RANGES", "READOUTS", "Driven", "Layered", "activation", "beyond", "check_activation", "first_weights", "integral"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from altgrad.engine import Tree
-from altgrad.equilibrium.layered import RANGES, READOUTS, Driven, Layered, activation, check_activation, first_weights, integral
+from altgrad.equilibrium.layered import RANGES, READOUTS, Driven, Layered, activation, beyond, check_activation, first_weights, integral
 from altgrad.equilibrium.relaxation import State
 from altgrad.errors import SettingError, near_miss, require
 from altgrad.rng import Key
@@ -145,13 +145,19 @@ class GraphNet(nn.Module):
         given = x if isinstance(x, Driven) else self.prepared(params, x)
         return (s[0] @ self.matrix(params).T + given.drive,)
 
-    def sweep(self, params: Tree, s: State, x: Tensor | Driven, force: State | None = None) -> State:
-        """Group by group."""
+    @property
+    def relaxation(self) -> float:
+        """Of sweeps, unless told otherwise: units of one group that act on one another overshoot together, and a field may not settle at all."""
+        return 1.1 if self.symmetric and self.two_coloured else 1.0
+
+    def sweep(self, params: Tree, s: State, x: Tensor | Driven, force: State | None = None, relaxation: float = 1.0) -> State:
+        """Group by group, each moved by `relaxation` times what would put it to rest."""
         given, weight, own = x if isinstance(x, Driven) else self.prepared(params, x), self.matrix(params), s[0]
         for number in range(2):
             units = self.get_buffer(f"group_{number}")
             drive = own @ weight[units].T + given.drive[:, units]
-            own = own.index_copy(1, units, activation(self.kind, drive if force is None else drive + force[0][:, units]))
+            told = activation(self.kind, drive if force is None else drive + force[0][:, units])
+            own = own.index_copy(1, units, *beyond((own[:, units],), (told,), relaxation))
         return (own,)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from altgrad.implicit.adjoints import AdjointInfo
 from altgrad.implicit.calls import custom_fixed_point, custom_root, fixed_point, root
 from altgrad.implicit.conditions import kkt, mirror_descent, projected_gradient, proximal_gradient, stationary
-from altgrad.implicit.equation import Info
+from altgrad.implicit.equation import Info, Solved
 from altgrad.implicit.estimators import elastic_net, lasso, logistic_regression, ridge, svm
 from altgrad.implicit.projections import project_box, project_l1_ball, project_l2_ball, project_nonnegative, project_simplex
 from altgrad.implicit.proxes import prox_elastic_net, prox_group_lasso, prox_l1
@@ -16,6 +16,7 @@ __all__ = [
     "Info",
     "Optimum",
     "SafeguardedNewton",
+    "Solved",
     "custom_fixed_point",
     "custom_root",
     "elastic_net",

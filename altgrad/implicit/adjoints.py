@@ -2,7 +2,9 @@
 
 import re
 import warnings
+from collections.abc import Container
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -47,10 +49,15 @@ class Adjoint:
 
 def parse(spelling: str) -> Adjoint:
     """'gmres', 'neumann(5)', 'phantom(5, 0.5)', … as settings; SettingError says what is allowed."""
-    match = re.fullmatch(r"\s*([a-z-]+)\s*(?:\(([^()]*)\))?\s*", spelling) if isinstance(spelling, str) else None
+    return read(spelling if isinstance(spelling, str) else repr(spelling))
+
+
+@lru_cache
+def read(spelling: str) -> Adjoint:
+    match = re.fullmatch(r"\s*([a-z-]+)\s*(?:\(([^()]*)\))?\s*", spelling)
     plain = [name.split("(")[0] for name in NAMES]
     if match is None or match[1] not in plain:
-        raise SettingError(near_miss("adjoint", str(spelling), NAMES))
+        raise SettingError(near_miss("adjoint", spelling, NAMES))
     name = match[1]
     words = [word.strip() for word in match[2].split(",")] if match[2] is not None else []
     wanted = {"neumann": 1, "truncated": 1, "phantom": 2}.get(name, 0)
@@ -66,9 +73,11 @@ def parse(spelling: str) -> Adjoint:
     return Adjoint(name, k, tau)
 
 
-def chosen(name: str, point: Tensor) -> str:
-    """What `auto` means at x [*batch, n]: LU while the matrices are small, else GMRES."""
+def chosen(name: str, point: Tensor, cache: Container[str] = ()) -> str:
+    """What `auto` means at x [*batch, n]: the factors in hand, LU while the matrices are small, else GMRES."""
     size = point.shape[-1]
+    if name == "auto" and ("lu" in cache or "cholesky" in cache):
+        return "lu" if "lu" in cache else "cholesky"
     return name if name != "auto" else "lu" if size <= DENSE_SIZE and point.numel() * size <= DENSE_ELEMENTS else "gmres"
 
 
@@ -86,7 +95,7 @@ def solve(
 
     Errors: SingularError from the dense ones.
     """
-    name = chosen(name, tangent.point)
+    name = chosen(name, tangent.point, cache)
     apply, other = (tangent.transposed, tangent.product) if transpose else (tangent.product, tangent.transposed)
     outcome: LinearOutcome
     if name in ("lu", "cholesky"):
@@ -120,13 +129,13 @@ def dense(
             cache[name] = cholesky(matrix) if name == "cholesky" else factored(matrix, torch.ones_like(matrix[..., 0, :1], dtype=torch.bool), "the solution")
 
         def inverse(v: Tensor) -> Tensor:
-            right = v.movedim(columns, tail).reshape(*v.shape[tangent.columns :], -1)
+            right = v.movedim(columns, tail).reshape(*v.shape[tangent.columns :], -1) if columns else v.unsqueeze(-1)
             if name == "cholesky":
                 factor, sign, _ = cache[name]
                 found = torch.cholesky_solve(right * sign, factor)
             else:
                 found = torch.linalg.lu_solve(*cache[name][:2], right, adjoint=transpose)
-            return found.reshape(*v.shape[tangent.columns :], *v.shape[: tangent.columns]).movedim(tail, columns)
+            return found.reshape(*v.shape[tangent.columns :], *v.shape[: tangent.columns]).movedim(tail, columns) if columns else found.squeeze(-1)
 
         y = inverse(b)
         remainder = b - apply(y)
@@ -134,7 +143,7 @@ def dense(
         products += 1
         aim = torch.finfo(b.dtype).eps * 8 * scale  # a step of refinement is cheap: go for rounding, not for tol
         for _ in range(REFINEMENTS):
-            if not bool((size > aim).any()):
+            if bool((size <= aim).all()):
                 break
             better = y + inverse(remainder)
             rest = b - apply(better)
@@ -145,12 +154,12 @@ def dense(
             y, remainder, size = torch.where(shrinks, better, y), torch.where(shrinks, rest, remainder), torch.where(shrinks, norm, size)
             if not halved:
                 break
-        wanted = torch.maximum(tol * scale, rounding(cache[name][2], y))
-        if fresh or bool((size <= wanted).all()):
+        good = size <= torch.maximum(tol * scale, rounding(cache[name][2], y))
+        if fresh or bool(good.all()):
             break
         del cache[name]
-    relative = torch.where(scale > 0, size / torch.where(scale > 0, scale, 1.0), size).squeeze(-1)
-    return y, LinearOutcome(relative, torch.ones_like(relative, dtype=torch.int64), (size <= wanted).squeeze(-1), products)
+    relative = (size / scale.clamp_min(torch.finfo(b.dtype).tiny)).squeeze(-1)
+    return y, LinearOutcome(relative, torch.ones_like(relative, dtype=torch.int64), good.squeeze(-1), products)
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

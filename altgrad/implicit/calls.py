@@ -12,7 +12,7 @@ from altgrad.errors import SettingError, ShapeError, require
 from altgrad.fixed_point import Goal, Method, method
 from altgrad.implicit.adjoints import SERIES, parse
 from altgrad.implicit.closing import closed, inside_another, own
-from altgrad.implicit.equation import Equation, Info, Theta
+from altgrad.implicit.equation import Equation, Info, Solved, Theta
 from altgrad.implicit.layout import Layout
 from altgrad.implicit.rule import Solution, nested_forward_refused
 from altgrad.implicit.traced import replayed, series, watch
@@ -44,7 +44,7 @@ def root(
         x0: the first guess, a float32 or float64 tensor or a pytree of them; its gradient is zero.
         params: pytrees; what is not a tensor is left alone.
         solver: newton, newton-krylov, broyden, anderson, iteration (x ← x + F), one of altgrad.fixed_point's methods with settings of its own,
-            or a function (F, x0, *params) -> x.
+            or a function (F, x0, *params) -> x, or -> Solved(x, lu=...) where it has factors of dF/dx, which serve the adjoint.
         adjoint: how the linear system is solved: auto (LU up to 512 unknowns an example, GMRES beyond), lu, cholesky, cg, gmres, bicgstab, normal-cg;
             or what stands in for it: unroll, checkpoint, truncated(k).
         tol: of the solver, ‖F(x)‖ ≤ tol ‖F(x₀)‖ (Newton and Broyden: or a step of tol ‖x‖); 1e-10 in float64, 1e-6 in float32.
@@ -107,13 +107,12 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
     require(adjoint_steps is None or adjoint_steps >= 1, "adjoint_steps", adjoint_steps, "1 or more")
     label = "f(x, *params)" if fixed else "F(x, *params)"
 
-    leaves, spec = tree_flatten(params)
+    plain = all([isinstance(param, Tensor) for param in params])
+    leaves, spec = (list(params), None) if plain else tree_flatten(params)
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-    plain = all(isinstance(param, Tensor) for param in params)
-
     def arguments(theta: Theta) -> Any:
-        if plain:
+        if spec is None:
             return theta[: len(places)]
         full = list(leaves)
         for index, value in zip(places, theta, strict=False):
@@ -121,10 +120,13 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
         return tree_unflatten(full, spec)
 
     guess = layout.flat(x0).detach()
-    result, outside, swap = closed(function, layout.tree(guess), *tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, params))
+    held = [param.detach() for param in params] if plain else tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, params)
+    result, outside, swap = closed(function, layout.tree(guess), *held)
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise ShapeError(f"{label} returned {type(result).__name__}; with has_aux=True it must return (value, aux).")
-    layout.check(result[0] if has_aux else result, label)
+    first = result[0] if has_aux else result
+    layout.check(first, label)
+    first = layout.flat(first).detach()
     del result
 
     def value(x: Any, *args: Any) -> Any:
@@ -135,9 +137,12 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
             found = layout.flat(value(layout.tree(x), *arguments(theta)))
         return found - x if fixed else found
 
-    def own_solver(x: Tensor, theta: Theta) -> Tensor:
+    def own_solver(x: Tensor, theta: Theta) -> Tensor | tuple[Tensor, str, tuple[Tensor, ...]]:
         with swap(theta[len(places) :], whole=False):
             found = solver(value, layout.tree(x), *arguments(theta))
+        if isinstance(found, Solved):
+            layout.check(found.x, "the solver")
+            return layout.flat(found.x), *found.factors(layout.flat_shape, fixed=fixed)
         layout.check(found, "the solver")
         return layout.flat(found)
 
@@ -151,6 +156,7 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
         adjoint_steps=adjoint_steps,
         strict=strict,
         info=report,
+        first=None if torch._C._are_functorch_transforms_active() else first - guess if fixed else first,
     )
     theta = tuple([leaves[index] for index in places] + outside)
     if way.exact:
@@ -178,7 +184,7 @@ def differentiable(equation: Equation, guess: Tensor, theta: Theta) -> Tensor:
     """
     theta = seen(theta)
     nested_forward_refused(*theta)
-    x = Solution.apply(equation, guess, *theta)
+    x = Solution.run(equation, guess, *theta)
     own(x)
     return x
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.errors import CapabilityError
 from altgrad.forward_mode.dual import Dual
+from altgrad.linearised import no_saved_hooks
 
 functorch = torch._C._functorch
 
@@ -121,12 +122,20 @@ class Swapper(TorchFunctionMode):
 def closed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tensor], Callable[..., AbstractContextManager[Any]]]:
     """(f(*args), the outside tensors it uses, values -> a context in which those values take their place).
 
+    Where all that carries a derivative is handed over, the common case, a run without the mode tells.
+
     Args:
-        function: any callable; it runs here once, and once more where it uses outside tensors.
+        function: any callable; it runs here once, and up to twice more where it uses outside tensors.
         args: pytrees whose tensors carry no derivative (detached).
 
     Errors: CapabilityError where a parameter takes part in a way that no mode sees (a scripted function, say).
     """
+    if uncaptured():
+        with torch.enable_grad(), no_saved_hooks():
+            result = function(*args)
+        leaves = (result,) if isinstance(result, Tensor) else tree_leaves(result)
+        if not any(isinstance(leaf, Dual) or (isinstance(leaf, Tensor) and leaf.requires_grad) for leaf in leaves):
+            return result, [], lambda values, whole=True: nullcontext()  # nothing from outside carries a derivative into it
     finder = Finder([leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)])
     searching.finders = [*getattr(searching, "finders", ()), finder]
     try:
@@ -156,6 +165,11 @@ def closed(function: Callable[..., Any], *args: Any) -> tuple[Any, list[Tensor],
         return Swapper(places, values, whole=whole) if places else nullcontext()
 
     return result, outside, swap
+
+
+def uncaptured() -> bool:
+    """Whether autograd alone would carry a derivative or a batch from outside: no transform, no forward mode, no outer call at work."""
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0 and not inside_another()
 
 
 def lost(tensor: Tensor) -> CapabilityError:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from altgrad.errors import require
@@ -82,14 +82,18 @@ class DEQ(nn.Module):
         # Captured now: under functional_call the cell holds others by the time of the backward pass.
         weights, buffers, mask = dict(self.cell.named_parameters()), dict(self.cell.named_buffers()), OneMask(self.cell)
 
-        def step(z: Any) -> Any:
+        def applied(z: Any, values: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
             with mask:
-                values = {**weights, **{name: value.clone() for name, value in buffers.items()}}  # statistics move once a solve, not once a step
-                return torch.func.functional_call(self.cell, values, (z, *inputs))
+                held = {name: value.clone() for name, value in buffers.items()}  # statistics move once a solve, not once a step
+                return torch.func.functional_call(self.cell, {**values, **held}, (z, *inputs))
+
+        def step(z: Any) -> Any:
+            return applied(z, weights, inputs)
 
         watch = current()
         settings = self.settings if watch is None else {**self.settings, **watch.settings}
-        z, info = fixed_point(step, tree_map(torch.Tensor.detach, self.start(*inputs)), batch_dims=self.batch_dims, info=True, **settings)
+        start = tree_map(torch.Tensor.detach, self.start(*inputs))
+        z, info = fixed_point(applied, start, weights, inputs, batch_dims=self.batch_dims, info=True, **settings)  # handed over: nothing to close over
         self.info = info
         if buffers and self.training:
             with torch.no_grad(), mask:

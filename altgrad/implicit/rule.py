@@ -10,17 +10,17 @@ Source: the implicit function theorem; Blondel et al., arXiv 2105.15183, for dec
 """
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import unwrap_dead_wrappers
 
 from altgrad.errors import CapabilityError
 from altgrad.implicit.closing import levels
-from altgrad.implicit.equation import Equation, Theta
-from altgrad.linearised import no_saved_hooks, pullback, pushforward
+from altgrad.implicit.equation import Equation, Theta, filled
+from altgrad.linearised import first_order, no_saved_hooks, pullback, pushforward
 
 
 def nested_forward_refused(*tensors: Tensor) -> None:
@@ -65,23 +65,12 @@ def floats(theta: Theta) -> list[int]:
 
 def in_parameters(equation: Equation, x: Tensor, theta: Theta, which: list[int]) -> Callable[..., Tensor]:
     """θ at `which` -> F(x, θ)."""
-
-    def function(*values: Tensor) -> Tensor:
-        return touched(equation.function(x, filled(theta, which, values)), *values)
-
-    return function
+    return lambda *values: touched(equation.function(x, filled(theta, which, values)), *values)
 
 
 def touched(result: Tensor, *values: Tensor) -> Tensor:
     """`result`, which now depends on each value, if only by nothing: torch.func makes the zero of an unused one at a level that may be gone."""
     return sum((value.reshape(-1)[:0].sum() for value in values), result)
-
-
-def filled(theta: Theta, which: list[int], values: tuple[Tensor, ...]) -> Theta:
-    full = list(theta)
-    for index, value in zip(which, values, strict=True):
-        full[index] = value
-    return tuple(full)
 
 
 def to_front(tensor: Tensor, dim: int | None, size: int) -> Tensor:
@@ -94,7 +83,17 @@ def mapped(equation: Equation, size: int, dims: tuple[int | None, ...], theta: T
     return equation.batched(size, [None if dim is None else 0 for dim in dims]), moved
 
 
-class Solution(torch.autograd.Function):
+class Rule(torch.autograd.Function):
+    """A custom rule; `run` is `apply` without binding the arguments to forward's signature, which takes as long as a small solve."""
+
+    @classmethod
+    def run(cls, *args: Any) -> Tensor:
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*args)  # type: ignore[no-any-return]
+        return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return, misc]
+
+
+class Solution(Rule):
     """(equation, x₀, *θ) -> x; the derivative in x₀ is zero."""
 
     @staticmethod
@@ -115,8 +114,13 @@ class Solution(torch.autograd.Function):
         theta = tuple(rest)
         bars: list[Tensor | None] = [None] * len(theta)
         which = [index for index in floats(theta) if ctx.needs_input_grad[2 + index]]
-        if which:
-            u = Inverse.apply(ctx.equation, True, bar, x, *theta)
+        if which and first_order():
+            with no_saved_hooks():
+                found = ctx.equation.pulled(bar, x, theta, which)
+            for index, value in zip(which, found, strict=True):
+                bars[index] = value
+        elif which:
+            u = Inverse.run(ctx.equation, True, bar, x, *theta)
             _, pull = pullback(in_parameters(ctx.equation, x, theta, which), *(theta[index] for index in which))
             for index, found in zip(which, pull(-u), strict=True):
                 bars[index] = found
@@ -131,15 +135,15 @@ class Solution(torch.autograd.Function):
         if not which:
             return torch.zeros_like(x)
         _, push = pushforward(in_parameters(ctx.equation, x, theta, which), *(theta[index] for index in which))
-        return -Inverse.apply(ctx.equation, False, push(*(theta_dot[index] for index in which)), x, *theta)
+        return -Inverse.run(ctx.equation, False, push(*(theta_dot[index] for index in which)), x, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, equation: Equation, start: Tensor, *theta: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
         batched, moved = mapped(equation, info.batch_size, in_dims[2:], theta)
-        return Solution.apply(batched, to_front(start, in_dims[1], info.batch_size), *moved), 0
+        return Solution.run(batched, to_front(start, in_dims[1], info.batch_size), *moved), 0
 
 
-class Inverse(torch.autograd.Function):
+class Inverse(Rule):
     """(equation, transpose, b, x, *θ) -> A⁻¹ b, or A⁻ᵀ b, for b [*columns, *batch, n]."""
 
     @staticmethod
@@ -158,7 +162,7 @@ class Inverse(torch.autograd.Function):
     def backward(ctx: Any, bar: Tensor) -> Any:  # type: ignore[override]
         y, x, *rest = ctx.saved_tensors
         equation, theta = ctx.equation, tuple(rest)
-        b_bar = Inverse.apply(equation, not ctx.transpose, bar, x, *theta)
+        b_bar = Inverse.run(equation, not ctx.transpose, bar, x, *theta)
         left, right = (y, b_bar) if ctx.transpose else (b_bar, y)
         which = [index for index in floats(theta) if ctx.needs_input_grad[4 + index]]
 
@@ -189,17 +193,13 @@ class Inverse(torch.autograd.Function):
         if which or x_dot is not None:
             _, push = pushforward(image, x, *(theta[index] for index in which))
             right = right - push(torch.zeros_like(x) if x_dot is None else x_dot, *(theta_dot[index] for index in which))
-        return Inverse.apply(equation, ctx.transpose, right, x, *theta)
+        return Inverse.run(equation, ctx.transpose, right, x, *theta)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, equation: Equation, transpose: bool, b: Tensor, x: Tensor, *theta: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
         front = to_front(b, in_dims[2], info.batch_size)
         if all(dim is None for dim in in_dims[3:]):
-            return Inverse.apply(equation.with_columns(), transpose, front, x, *theta), 0
+            return Inverse.run(equation.with_columns(), transpose, front, x, *theta), 0
         batched, moved = mapped(equation, info.batch_size, in_dims[4:], theta)
         front = front.movedim(0, equation.columns)
-        return Inverse.apply(batched, transpose, front, to_front(x, in_dims[3], info.batch_size), *moved), equation.columns
-
-
-for rule in (Solution, Inverse):  # torch.autograd.Function.apply asks for it at every call, and finding it takes as long as a small solve
-    rule.forward.__signature__ = inspect.signature(rule.forward)  # type: ignore[union-attr]
+        return Inverse.run(batched, transpose, front, to_front(x, in_dims[3], info.batch_size), *moved), equation.columns

@@ -43,7 +43,7 @@ class Held(Problem):
             raise AttributeError(name)
         found = getattr(self.base, name)
         if name in SETTLING and found is not None:
-            return lambda params, *rest: found(self.all(params), *rest)
+            return lambda params, *rest, **named: found(self.all(params), *rest, **named)
         return found
 
     def all(self, params: Tree) -> Tree:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.errors import require
 from altgrad.surrogates.estimator import setting
-from altgrad.surrogates.pointwise import Pointwise, sign
+from altgrad.surrogates.pointwise import Pointwise, sign, within
 from altgrad.surrogates.smooth import bump
 
 
@@ -65,7 +65,7 @@ class Ternary(Pointwise):
         return torch.where(x.abs() <= self.threshold, torch.zeros_like(x), torch.sign(x))
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (x.abs() <= 1).to(x.dtype)
+        return within(x, 1)
 
     def primitive(self, x: Tensor) -> Tensor:
         return x.clamp(-1, 1)
@@ -110,11 +110,11 @@ class DSQ(Pointwise):
 
     def located(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(i, k (x - m_i)) of x, which is clipped to [low, high]."""
-        inside = x.clamp(self.low, self.high)
+        inside, k = x.clamp(self.low, self.high), math.log(2 / self.alpha - 1) / self.interval
         if self.bits == 1:
-            return torch.zeros((), dtype=x.dtype, device=x.device), math.log(2 / self.alpha - 1) / self.interval * (inside - 0.5 * (self.low + self.high))
+            return torch.zeros((), dtype=x.dtype, device=x.device), inside.sub_(0.5 * (self.low + self.high)).mul_(k)
         i = ((inside - self.low) / self.interval).floor().clamp_max(2**self.bits - 2)
-        return i, math.log(2 / self.alpha - 1) / self.interval * (inside - (self.low + (i + 0.5) * self.interval))
+        return i, inside.sub_(self.low + (i + 0.5) * self.interval).mul_(k)
 
     def value(self, x: Tensor) -> Tensor:
         if self.operation == "sign":
@@ -125,7 +125,8 @@ class DSQ(Pointwise):
     def derivative(self, x: Tensor) -> Tensor:
         _, u = self.located(x)
         height = 0.5 * math.log(2 / self.alpha - 1) / (1 - self.alpha)  # (Δ/2) s k
-        return torch.where(x == x.clamp(self.low, self.high), 4 * height * bump(2 * u), 0.0)
+        inside = x.sub(x.clamp(self.low, self.high)).abs_().neg_().sign_().add_(1)  # 1 where nothing was clipped off
+        return inside.mul_(bump(u.mul_(2)).mul_(4 * height))
 
     def primitive(self, x: Tensor) -> Tensor:
         i, u = self.located(x)

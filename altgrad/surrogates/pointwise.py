@@ -4,6 +4,9 @@ r"""Estimators that act on every number alone: forward q(x), and in the place of
 
 h is a factor, so that one rule serves both modes, and forward gradients of a network with hard steps are those that backprop would take. Nothing is
 saved but the input.
+
+Values and derivatives are worked out in place, in one fresh tensor where that is possible: at a million numbers a tensor costs more than the arithmetic. A
+result that a later derivative needs (that of exp, sigmoid, reciprocal) is never written over.
 """
 
 from dataclasses import dataclass
@@ -92,8 +95,13 @@ class Pointwise(Estimator):
             forward, slope = ACTIVE[-1].chosen(self, role)
         else:
             forward = slope = self
-        rule = Reversed if torch.compiler.is_compiling() else Quantised
-        return rule.apply(x, forward, slope)  # type: ignore[no-any-return]
+        return with_derivative(x, forward, slope)
+
+
+def with_derivative(x: Tensor, forward: Any, slope: Pointwise) -> Tensor:
+    """forward.value(x), with the derivative slope.derivative(x)."""
+    rule = Reversed if torch.compiler.is_compiling() else Quantised
+    return rule.apply(x, forward, slope)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,13 @@ class Soft:
         return self.estimator.primitive(x)
 
 
+def within(x: Tensor, bound: float) -> Tensor:
+    """1 where |x| <= bound, 0 beyond, in x's type; NaN stays NaN."""
+    return x.abs().neg_().add_(bound).sign_().add_(1).clamp_max_(1)
+
+
 def sign(x: Tensor) -> Tensor:
     """+1 where x >= 0 (torch.sign has 0 at 0, which is not binary), -1 below; NaN stays NaN."""
-    return torch.where(x >= 0, 1.0, torch.where(x < 0, -1.0, x))
+    x = x.detach()
+    found = x.sign().add_(0.5).sign_()
+    return x.clamp(found, found)  # that is `found`, but NaN where x is

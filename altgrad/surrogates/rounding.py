@@ -16,8 +16,8 @@ from altgrad.surrogates.draws import uniform
 from altgrad.surrogates.estimator import Estimator, positive, setting
 
 
-class Rounded(torch.autograd.Function):
-    """(x, u, estimator) -> q."""
+class Reversed(torch.autograd.Function):
+    """(x, u, estimator) -> q, by reverse mode."""
 
     generate_vmap_rule = True
 
@@ -35,6 +35,10 @@ class Rounded(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         return grad * ctx.estimator.derivative(x), None, None
+
+
+class Rounded(Reversed):
+    """The same by forward mode too, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
@@ -58,7 +62,8 @@ class Randomised(Estimator):
 
     def __call__(self, x: Tensor, *, key: Key | None = None, noise: Tensor | None = None) -> Tensor:
         """q(x; u), arguments and errors as for Categorical; x and the noise have any shape."""
-        return Rounded.apply(x, uniform(self.name, x, key, noise), self)  # type: ignore[no-any-return]
+        rule = Reversed if torch.compiler.is_compiling() else Rounded
+        return rule.apply(x, uniform(self.name, x, key, noise), self)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ class SwishSign(Pointwise):
     def derivative(self, x: Tensor) -> Tensor:
         u = self.beta * x
         s = torch.sigmoid(u)  # tanh(u/2) = 2s - 1, 1 / (1 + cosh u) = 2 s (1 - s)
-        return (4 * self.beta - 2 * self.beta * u * (2 * s - 1)) * (s - s.square())
+        return (2 * s).sub_(1).mul_(u).mul_(-2 * self.beta).add_(4 * self.beta).mul_(torch.addcmul(s, s, s, value=-1))
 
     def primitive(self, x: Tensor) -> Tensor:
         u = self.beta * x
-        return torch.tanh(u / 2) + 2 * u * bump(u)
+        return torch.tanh(u / 2) + 2 * u * bump(self.beta * x)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ATan(Pointwise):
         positive("alpha", self.alpha)
 
     def derivative(self, x: Tensor) -> Tensor:
-        return 0.5 * self.alpha / (1 + (0.5 * math.pi * self.alpha * x).square())
+        return x.square().mul_(0.5 * math.pi**2 * self.alpha).add_(2 / self.alpha).reciprocal_()
 
     def primitive(self, x: Tensor) -> Tensor:
         return torch.atan(0.5 * math.pi * self.alpha * x) / math.pi
@@ -68,7 +68,7 @@ class Sigmoid(Pointwise):
         positive("slope", self.slope)
 
     def derivative(self, x: Tensor) -> Tensor:
-        return self.slope * bump(self.slope * x)
+        return bump(self.slope * x).mul_(self.slope)
 
     def primitive(self, x: Tensor) -> Tensor:
         return 0.5 * torch.tanh(0.5 * self.slope * x)
@@ -91,7 +91,7 @@ class FastSigmoid(Pointwise):
         return (0.0,)
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (1 + self.slope * x.abs()).square().reciprocal()
+        return x.abs().mul_(self.slope).add_(1).pow_(-2)
 
     def primitive(self, x: Tensor) -> Tensor:
         return x / (1 + self.slope * x.abs())
@@ -110,7 +110,7 @@ class Erf(Pointwise):
         positive("alpha", self.alpha)
 
     def derivative(self, x: Tensor) -> Tensor:
-        return self.alpha / math.sqrt(math.pi) * torch.exp(-(self.alpha * x).square())
+        return x.square().mul_(-(self.alpha**2)).add_(math.log(self.alpha / math.sqrt(math.pi))).exp_()
 
     def primitive(self, x: Tensor) -> Tensor:
         return 0.5 * torch.erf(self.alpha * x)
@@ -133,13 +133,13 @@ class Exponential(Pointwise):
         return (0.0,)
 
     def derivative(self, x: Tensor) -> Tensor:
-        return 0.5 * self.alpha * torch.exp(-self.alpha * x.abs())
+        return x.abs().mul_(-self.alpha).add_(math.log(0.5 * self.alpha)).exp_()
 
     def primitive(self, x: Tensor) -> Tensor:
         return -0.5 * torch.sign(x) * torch.expm1(-self.alpha * x.abs())
 
 
 def bump(u: Tensor) -> Tensor:
-    """σ(u) σ(-u) = σ'(u) = (1 - tanh²(u/2)) / 4."""
-    s = torch.sigmoid(u)
-    return s - s.square()
+    """σ(u) σ(-u) = σ'(u) = (1 - tanh²(u/2)) / 4; u, a tensor of the caller's own, is written over."""
+    s = u.sigmoid_()
+    return torch.addcmul(s, s, s, value=-1)

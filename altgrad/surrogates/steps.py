@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from altgrad.surrogates.estimator import positive, setting
-from altgrad.surrogates.pointwise import Pointwise
+from altgrad.surrogates.pointwise import Pointwise, within
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Clipped(Pointwise):
         return -self.width, self.width
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (x.abs() <= self.width).to(x.dtype)
+        return within(x, self.width)
 
     def primitive(self, x: Tensor) -> Tensor:
         return x.clamp(-self.width, self.width)
@@ -59,7 +59,7 @@ class BiReal(Pointwise):
         return -1.0, 0.0, 1.0
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (2 - 2 * x.abs()).clamp_min(0)
+        return x.abs().mul_(-2).add_(2).clamp_min_(0)
 
     def primitive(self, x: Tensor) -> Tensor:
         inside = x.clamp(-1, 1)
@@ -83,7 +83,7 @@ class Triangle(Pointwise):
         return -1 / self.alpha, 0.0, 1 / self.alpha
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (self.alpha - self.alpha**2 * x.abs()).clamp_min(0)
+        return x.abs().mul_(-(self.alpha**2)).add_(self.alpha).clamp_min_(0)
 
     def primitive(self, x: Tensor) -> Tensor:
         inside = (self.alpha * x).clamp(-1, 1)
@@ -107,7 +107,7 @@ class Rectangle(Pointwise):
         return -self.width / 2, self.width / 2
 
     def derivative(self, x: Tensor) -> Tensor:
-        return (x.abs() <= self.width / 2).to(x.dtype) / self.width
+        return within(x, self.width / 2).div_(self.width)
 
     def primitive(self, x: Tensor) -> Tensor:
         return (x / self.width).clamp(-0.5, 0.5)

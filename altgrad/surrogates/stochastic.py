@@ -25,8 +25,8 @@ from altgrad.surrogates.estimator import Estimator, positive, setting
 Terms = list[tuple[float, Tensor]]  # (c, q)
 
 
-class Chosen(torch.autograd.Function):
-    """(θ, u, estimator) -> D."""
+class Reversed(torch.autograd.Function):
+    """(θ, u, estimator) -> D, by reverse mode."""
 
     generate_vmap_rule = True
 
@@ -43,6 +43,10 @@ class Chosen(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         return ctx.estimator.product(*ctx.saved_tensors, grad), None, None
+
+
+class Chosen(Reversed):
+    """The same by forward mode too, which torch.compile does not trace."""
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
@@ -76,7 +80,8 @@ class Categorical(Estimator):
             UsageError: neither key nor noise. SettingError: fewer than two classes.
         """
         require(logits.ndim >= 1 and logits.shape[-1] >= 2, "logits", tuple(logits.shape), "of shape [..., classes], with two classes or more")
-        return Chosen.apply(logits, uniform(self.name, logits, key, noise).to(logits.dtype), self)  # type: ignore[no-any-return]
+        rule = Reversed if torch.compiler.is_compiling() else Chosen
+        return rule.apply(logits, uniform(self.name, logits, key, noise).to(logits.dtype), self)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
