@@ -132,7 +132,7 @@ def main() -> None:
     options = parser.parse_args()
     # A record that is there already keeps the rows that are not run again.
     before = json.loads(pathlib.Path(options.out).read_text())["rows"] if options.out and pathlib.Path(options.out).exists() else []
-    found = [entry for entry in before if entry["row"] not in options.rows]
+    found = [entry for entry in before if entry["row"] not in options.rows or entry["seed"] not in options.seeds]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(run, name, seed, options.steps) for name in options.rows for seed in options.seeds]:
             found.append(future.result())

@@ -83,12 +83,16 @@ def mapped(equation: Equation, size: int, dims: tuple[int | None, ...], theta: T
     return equation.batched(size, [None if dim is None else 0 for dim in dims]), moved
 
 
+APPLY = torch.autograd.Function.__dict__["apply"]
+
+
 class Rule(torch.autograd.Function):
     """A custom rule; `run` is `apply` without binding the arguments to forward's signature, which takes as long as a small solve."""
 
     @classmethod
     def run(cls, *args: Any) -> Tensor:
-        if torch._C._are_functorch_transforms_active():
+        watched = torch.autograd.Function.__dict__["apply"] is not APPLY  # altgrad's forward mode follows its tangents through it
+        if watched or torch._C._are_functorch_transforms_active():
             return cls.apply(*args)  # type: ignore[no-any-return]
         return super(torch.autograd.Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[no-any-return, misc]
 
