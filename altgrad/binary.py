@@ -36,6 +36,8 @@ class BinaryMLP:
             if value not in allowed:
                 raise SettingError(near_miss(name, str(value), allowed))
         require(bool(str(self.weights)) and bool(str(self.activations)), "weights", self.weights, "the name of a surrogate, or real")
+        if self.activations != REAL:
+            pointwise_of(self.activations, operations=("sign",))
         sizes = [math.prod(input_shape), *widths("hidden", self.hidden), classes]
         last = len(sizes) - 2
         real = {"first-last": {0, last}, "first": {0}, "none": set()}[self.exempt]
@@ -44,7 +46,7 @@ class BinaryMLP:
             if place in real or self.weights == REAL:
                 layers.append(nn.Linear(inner, outer))
             else:
-                layers.append(BinaryLinear(inner, outer, estimator=pointwise_of(self.weights), scale=self.scale))
+                layers.append(BinaryLinear(inner, outer, estimator=self.weights, scale=self.scale))
             if place < last:
                 layers += [nn.BatchNorm1d(outer), nn.Hardtanh() if self.activations == REAL else SignActivation(self.activations)]
         return nn.Sequential(*layers)

@@ -132,7 +132,8 @@ def main() -> None:
             rows.append(row)
             seen = row["orders"]
             print(
-                f"{name:24} seed {seed}  {row['sweeps']:3} sweeps  order one-sided {seen['one-sided']['order']:.2f}, symmetric {seen['symmetric']['order']:.2f};  "
+                f"{name:24} seed {seed}  {row['sweeps']:3} sweeps  "
+                f"order one-sided {seen['one-sided']['order']:.2f}, symmetric {seen['symmetric']['order']:.2f};  "
                 f"N to N + 2: at least {seen['holomorphic']['least factor'] or math.inf:.0f} x;  "
                 + ", ".join(f"{key} {value:.1e}" for key, value in row["correction"].items()),
                 flush=True,

@@ -107,7 +107,11 @@ def main() -> None:
     peers = installed()
     sizes, repeats = ((50,), 20) if arguments.short else ((50, 500), arguments.repeats)
     rows = {str(size): measured(size, arguments.tol, max(repeats // (1 if size < 100 else 10), 5), torchopt=not missing(peers, "torchopt")) for size in sizes}
-    asked = {"p = 50: altgrad cg of TorchOpt cg": 0.5, "p = 50: altgrad factor reused of TorchOpt cg": 0.125, "p = 500: altgrad ridge of torch.linalg.solve": 1.1}
+    asked = {
+        "p = 50: altgrad cg of TorchOpt cg": 0.5,
+        "p = 50: altgrad factor reused of TorchOpt cg": 0.125,
+        "p = 500: altgrad ridge of torch.linalg.solve": 1.1,
+    }
     record(arguments.out, {"tol": arguments.tol, "repeats": repeats, "peers": peers, "asked": asked, "sizes": rows})
 
 

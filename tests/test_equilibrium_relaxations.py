@@ -239,6 +239,14 @@ def test_a_planted_bug_is_told_by_the_gradient_or_by_the_energy(build, owner, na
 # -- how near to the exact gradient a finite nudge comes (figure 2, beyond the gain of its own test) -----------------------------------
 
 
+@pytest.mark.parametrize("key", [3, 4, 5])
+def test_four_points_are_exact_to_five_digits_at_a_gain_away_from_one(key):
+    problem = Settling(GraphNet(12, 40, 5, key=Key(key), gain=0.6).double(), squared_error)
+    batch = Batch(drawn("x", 6, 12), 0.3 * drawn("y", 6, 5))
+    exact = adjoint_gradient(problem, problem.params(), batch)
+    assert error(look(Equilibrium(nudge="holomorphic"), problem, batch).grads, exact) <= 1e-5
+
+
 @pytest.mark.parametrize("settings", [{"points": 6, "beta": 0.1}, {"points": 4, "beta": 0.05}], ids=str)
 @pytest.mark.parametrize("key", [0, 1, 2])
 def test_more_points_or_half_the_nudge_are_exact_to_five_digits_at_a_gain_near_one(settings, key):

@@ -300,6 +300,10 @@ def test_a_first_stage_of_unknown_length_is_refused():
     [
         ({"weights": "restee"}, UsageError, "Did you mean 'reste'"),
         ({"activations": "relax"}, UsageError, "'relax' is stochastic"),
+        ({"weights": "round"}, UsageError, "'round' is for round, which has no place here"),
+        ({"weights": "dsq,bits=2"}, UsageError, "'dsq,bits=2' is for levels"),
+        ({"activations": "ternary"}, UsageError, "'ternary' is for ternary"),
+        ({"activations": "biper"}, UsageError, "'biper' is for square-wave"),
         ({"scale": "row"}, SettingError, "scale"),
         ({"exempt": "last"}, SettingError, "exempt"),
         ({"hidden": "0"}, SettingError, "hidden"),

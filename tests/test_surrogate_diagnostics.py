@@ -1,16 +1,15 @@
 """What the log says of surrogates: each figure against its own formula, and the cosine against gradients that are known."""
 
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
-from console import elsewhere, invoke, rows
+from console import rows
 from torch import nn
 
 import altgrad
-from altgrad import registry, surrogates
+from altgrad import registry, surrogates, trainer
 from altgrad.errors import SettingError
 from altgrad.problem import Batch
 from altgrad.problems.supervised import Supervised
@@ -18,7 +17,6 @@ from altgrad.quantisation import diagnostics
 from altgrad.rng import Key
 from altgrad.world import World
 
-__all__ = ["elsewhere"]
 KEY = Key(3)
 
 
@@ -133,25 +131,19 @@ def test_a_wrong_setting_is_refused(name, value):
         registry.engine("straight-through", {name: value})
 
 
-TRAIN = (
-    "train --engine straight-through --model-setting hidden=8-8 --quantize weights=sign:reste "
-    "-s diagnose=1 -s diagnose_pairs=2 --lr 0.05 --steps 4 --save-every 3 -q --out run"
-).split()
-
-
-def test_they_are_in_the_log_and_flips_go_on_after_resuming():
-    done = invoke(*TRAIN)
-    assert done.exit_code == 0, done.output
-    first = [row for row in rows("run") if "flips/2.weight" in row]
-    assert len(first) == 4
+def test_they_are_in_the_log_and_flips_go_on_after_resuming(tmp_path):
+    run = tmp_path / "run"
+    engine = {"diagnose": 1, "diagnose_pairs": 2}
+    given = {"engine": "straight-through", "engine_settings": engine, "model_settings": {"hidden": "8-8"}, "quantize": {"weights": "sign:reste"}}
+    trainer.fit(trainer.build(trainer.TrainSettings(**given, lr=0.05, steps=4, save_every=3)), run_folder=run)
+    first = rows(run)[:4]
+    assert all("flips/2.weight" in row for row in first)
     assert first[-1]["flips"] > 0
     assert {"cosine", "cosine/0.weight", "dead", "estimating-error/2.weight", "gradient-variance"} <= set(first[0])
-    third, _ = sorted(Path("run/checkpoints").glob("step-*"))
-    Path("run/checkpoints/latest").write_text(f"{third.name}\n")  # as if it had ended behind step 3
-    resumed = invoke("resume", "run", "-q")
-    assert resumed.exit_code == 0, resumed.output
-    again = [row for row in rows("run") if "flips/2.weight" in row]
-    assert [row["flips"] for row in again] == [row["flips"] for row in first]
+    third, _ = sorted((run / "checkpoints").glob("step-*"))
+    (run / "checkpoints" / "latest").write_text(f"{third.name}\n")  # as if it had ended behind step 3
+    trainer.fit(trainer.resume(run))
+    assert [row["flips"] for row in rows(run)[:4]] == [row["flips"] for row in first]
 
 
 # -- teeth -------------------------------------------------------------------------------------------------------------------------

@@ -48,6 +48,14 @@ def test_reverse_mode_adds_up_what_forward_mode_gives_element_by_element():
     assert float((to_step - (weights * wanted[1]).sum()).abs()) <= EXACT
 
 
+@pytest.mark.parametrize(("bits", "greatest"), [(2, 1), (4, 7), (8, 127)])
+def test_the_gradient_of_the_step_carries_one_over_the_root_of_count_times_greatest_level(bits, greatest):
+    step = STEP.clone().requires_grad_()
+    far = torch.full((9,), 1e6, dtype=torch.float64)  # all at the greatest level, where the slope is that level
+    found = torch.autograd.grad(surrogates.get("lsq", bits=bits)(far, step).sum(), step)[0]
+    assert float(found) == pytest.approx(9 * greatest / (9 * greatest) ** 0.5, rel=EXACT)
+
+
 def test_at_an_end_of_the_range_a_number_counts_as_outside():
     to_v, to_step = columns(surrogates.get("lsq", bits=2), double([-1.0, 0.5]), STEP)
     assert to_v.tolist() == [0.0, 0.0]

@@ -168,6 +168,11 @@ class Equilibrium(Engine):
                 refuse_kinks(problem, describe(self))
             if self.warm_start:
                 check_warm(problem, describe(self))
+            if kind == "energy" and self.correction == "homeostasis":
+                raise CapabilityError(
+                    f"{describe(self)}: the Jacobian of an energy is symmetric already, there is nothing for homeostasis to do. Use correction='none', or a "
+                    "net whose ways up and down have weights of their own (recurrent-digits, altgrad.equilibrium.feedback)."
+                )
             return
         if self.warm_start:
             raise CapabilityError(f"{describe(self)}: the free state of a chain of blocks is its forward pass, which starts nowhere. Use warm_start=False.")
@@ -297,7 +302,7 @@ class Equilibrium(Engine):
         problem.facts["not at rest"] = True
         words = (
             f"{describe(self)}: after {self.steps} sweeps at step {key.step} an example still moves by {float(residual):.3g}, relative; {tolerance:.3g} counts "
-            "as at rest. The gradient is off by about that much over beta. Take more steps, damping, or a smaller beta."
+            "as at rest. The gradient is off by about that much over beta. Take more steps, acceleration='anderson', or damping."
         )
         if self.strict:
             raise NumericsError(words)

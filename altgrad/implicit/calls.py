@@ -107,7 +107,7 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
     require(adjoint_steps is None or adjoint_steps >= 1, "adjoint_steps", adjoint_steps, "1 or more")
     label = "f(x, *params)" if fixed else "F(x, *params)"
 
-    plain = all([isinstance(param, Tensor) for param in params])
+    plain = all(isinstance(param, Tensor) for param in params)
     leaves, spec = (list(params), None) if plain else tree_flatten(params)
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
@@ -142,7 +142,7 @@ def called(function: Callable[..., Any], x0: Any, params: tuple[Any, ...], *, fi
             found = solver(value, layout.tree(x), *arguments(theta))
         if isinstance(found, Solved):
             layout.check(found.x, "the solver")
-            return layout.flat(found.x), *found.factors(layout.flat_shape, fixed=fixed)
+            return layout.flat(found.x), *found.factors(layout.flat_shape, layout.dtype, fixed=fixed)
         layout.check(found, "the solver")
         return layout.flat(found)
 

@@ -50,16 +50,18 @@ class Solved(NamedTuple):
     lu: tuple[Tensor, Tensor] | None = None
     cholesky: Tensor | None = None
 
-    def factors(self, shape: torch.Size, *, fixed: bool) -> tuple[str, tuple[Tensor, ...]]:
+    def factors(self, shape: torch.Size, dtype: torch.dtype, *, fixed: bool) -> tuple[str, tuple[Tensor, ...]]:
         """(the dense adjoint they are for, its factors of ±A, as dF/dx = −A of a fixed point has it) for an unknown of `shape` [*batch, n].
 
         Errors: ShapeError, SettingError.
         """
-        require((self.lu is None) != (self.cholesky is None), "Solved", "both or neither of lu and cholesky", "one of them")
+        require((self.lu is None) != (self.cholesky is None), "Solved(...)", "both or neither of lu and cholesky", "one of them")
         matrix = self.cholesky if self.lu is None else self.lu[0]
         if not isinstance(matrix, Tensor) or matrix.shape != (*shape, shape[-1]):
             seen = tuple(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
             raise ShapeError(f"the solver returned factors of {seen}; for an unknown of {tuple(shape)} they must be {(*shape, shape[-1])}.")
+        if matrix.dtype != dtype:
+            raise ShapeError(f"the solver returned factors of {matrix.dtype} for an unknown of {dtype}; they must have its dtype.")
         matrix = matrix.detach()
         sign = matrix.new_full((1, 1), -1.0 if fixed else 1.0)
         none = matrix.new_zeros(())  # no norm of A: the residual alone says whether they do

@@ -8,7 +8,7 @@ theorem (altgrad.implicit.fixed_point). Batch normalisation mixes examples: put 
 Source: Bai, Kolter, Koltun 2019, arXiv 1909.01377.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class DEQ(nn.Module):
         # Captured now: under functional_call the cell holds others by the time of the backward pass.
         weights, buffers, mask = dict(self.cell.named_parameters()), dict(self.cell.named_buffers()), OneMask(self.cell)
 
-        def applied(z: Any, values: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
+        def applied(z: Any, values: Mapping[str, Tensor], inputs: tuple[Any, ...]) -> Any:
             with mask:
                 held = {name: value.clone() for name, value in buffers.items()}  # statistics move once a solve, not once a step
                 return torch.func.functional_call(self.cell, {**values, **held}, (z, *inputs))

@@ -8,7 +8,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from altgrad.errors import ShapeError, require
 
-
 SINGLE = tree_flatten(torch.empty(0))[1]  # the structure of a tensor by itself
 
 
@@ -65,7 +64,8 @@ class Layout:
             if not isinstance(leaf, Tensor) or leaf.shape != shape or leaf.dtype != self.dtype:
                 seen = f"{tuple(leaf.shape)} of {leaf.dtype}" if isinstance(leaf, Tensor) else type(leaf).__name__
                 raise ShapeError(
-                    f"{what} returned {seen} for leaf {index} of the unknown, which is {tuple(shape)} of {self.dtype}; there must be one equation for each unknown."
+                    f"{what} returned {seen} for leaf {index} of the unknown, which is {tuple(shape)} of {self.dtype}; there must be one "
+                    "equation for each unknown."
                 )
 
 

@@ -10,7 +10,7 @@ r"""How well surrogates do, layer by layer: numbers for the log. With w a weight
 Both ⟨g, mean ĝ_p⟩ and ‖∇L_σ‖² ≈ Σ_{p≠q} ⟨ĝ_p, ĝ_q⟩ / P (P - 1) are unbiased, so noise does not shrink the cosine; it makes it uncertain (it may leave
 [-1, 1]), and where the pairs cannot tell ‖∇L_σ‖ from 0 it is NaN. Pairs should be several times √(number of parameters).
 
-Source: estimating error and gradient stability: Wu et al. 2023, arXiv 2308.06689, section 3.
+Source: estimating error and gradient stability: Wu et al. 2023, arXiv 2308.06689.
 """
 
 from collections.abc import Callable, Mapping

@@ -59,15 +59,21 @@ def get(name: str, **settings: Any) -> Any:
     return registry.build(TABLE[short], {**registry.split_pairs(pairs), **settings}, f"surrogate {short}")
 
 
-def pointwise_of(given: Any) -> Pointwise:
+def pointwise_of(given: Any, *, operations: tuple[str, ...] = ()) -> Pointwise:
     """A pointwise estimator, or what names one.
 
+    Args:
+        operations: what it may stand for, as in ("sign", "square-wave"); empty for anything.
+
     Raises:
-        UsageError: no such estimator, or one of another kind.
+        UsageError: no such estimator, or one of another kind or operation.
     """
     found = given if isinstance(given, Estimator) else get(given)
     if not isinstance(found, Pointwise):
         raise UsageError(f"surrogate {found.name!r} is {found.kind}; here one acts on every number alone: {', '.join(names('pointwise'))}.")
+    if operations and found.operation not in operations:
+        fitting = ", ".join(name for operation in operations for name in names("pointwise", operation=operation))
+        raise UsageError(f"surrogate {str(found)!r} is for {found.operation}, which has no place here; take one for {' or '.join(operations)}: {fitting}.")
     return found
 
 

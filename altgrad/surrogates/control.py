@@ -78,7 +78,7 @@ class Relax(Rebar):
     """REBAR with a trained part r(z) in the control variate, given as `residual`."""
 
     name: ClassVar[str] = "relax"
-    source: ClassVar[str] = "Grathwohl, Choi, Wu, Roeder, Duvenaud 2018, arXiv 1711.00123, equation 6"
+    source: ClassVar[str] = "Grathwohl, Choi, Wu, Roeder, Duvenaud 2018, arXiv 1711.00123"
 
 
 def resampled(log_p: Tensor, sample: Tensor, v: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class LSQ(Estimator):
 
     kind: ClassVar[str] = "learned"
     name: ClassVar[str] = "lsq"
-    source: ClassVar[str] = "Esser, McKinstry, Bablani, Appuswamy, Modha 2020, arXiv 1902.08153, equations 1 to 5"
+    source: ClassVar[str] = "Esser, McKinstry, Bablani, Appuswamy, Modha 2020, arXiv 1902.08153"
 
     def __post_init__(self) -> None:
         if bits_range(self.bits, signed=self.signed)[1] < 1:
@@ -114,7 +114,7 @@ class LSQPlus(LSQ):
     signed: bool = setting(False, "whether levels lie on both sides of the offset")
 
     name: ClassVar[str] = "lsq-plus"
-    source: ClassVar[str] = "Bhalgat, Lee, Nagel, Blankevoort, Kwak 2020, arXiv 2004.09576, equations 4 to 7"
+    source: ClassVar[str] = "Bhalgat, Lee, Nagel, Blankevoort, Kwak 2020, arXiv 2004.09576"
 
     def initial_offset(self, v: Tensor) -> Tensor:
         """β at first, a scalar: where the least value of v meets the least level; 0 where levels lie on both sides."""

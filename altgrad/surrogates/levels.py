@@ -87,7 +87,7 @@ class DSQ(Pointwise):
     high: float = setting(1.0, "greatest level, above low")
 
     name: ClassVar[str] = "dsq"
-    source: ClassVar[str] = "Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan 2019, arXiv 1908.05033, equations 4 to 7"
+    source: ClassVar[str] = "Gong, Liu, Jiang, Li, Hu, Lin, Yu, Yan 2019, arXiv 1908.05033"
 
     def __post_init__(self) -> None:
         require(isinstance(self.bits, int) and 1 <= self.bits <= 8, "bits", self.bits, "a whole number from 1 to 8")

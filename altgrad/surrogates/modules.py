@@ -16,18 +16,19 @@ from altgrad.surrogates import pointwise_of
 from altgrad.surrogates.pointwise import Pointwise
 
 SCALES = ("tensor", "channel", "none")
+OF_INPUTS, OF_WEIGHTS = ("sign", "ternary"), ("sign", "square-wave")  # operations
 
 
 class SignActivation(nn.Module):
     """q(x) with a surrogate derivative; `estimator` is a name, with settings as in "reste,o=2", or a pointwise estimator.
 
     Raises:
-        UsageError: no such estimator, or one of another kind.
+        UsageError: no such estimator, or one that is not for the sign (or for three levels).
     """
 
     def __init__(self, estimator: str | Pointwise = "bireal"):
         super().__init__()
-        self.estimator = pointwise_of(estimator)
+        self.estimator = pointwise_of(estimator, operations=OF_INPUTS)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.estimator(x)
@@ -44,14 +45,14 @@ class BinaryWeight(nn.Module):
         scale: "tensor" (α one number a layer), "channel" (one for each entry of the first axis) or "none" (1).
 
     Raises:
-        UsageError: as SignActivation. SettingError: another scale.
+        UsageError: no such estimator, or one that is not for the sign or the square wave. SettingError: another scale.
     """
 
     def __init__(self, estimator: str | Pointwise = "clipped", *, scale: str = "tensor"):
         super().__init__()
         if scale not in SCALES:
             raise SettingError(near_miss("scale", str(scale), SCALES))
-        self.estimator, self.scale = pointwise_of(estimator), scale
+        self.estimator, self.scale = pointwise_of(estimator, operations=OF_WEIGHTS), scale
 
     def forward(self, w: Tensor) -> Tensor:
         binary = self.estimator(w, role="weight")

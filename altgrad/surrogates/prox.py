@@ -68,7 +68,7 @@ class ProxQuant(Prox):
     """Soft thresholding towards ±1: each weight comes closer by at most λ."""
 
     name: ClassVar[str] = "proxquant"
-    source: ClassVar[str] = Prox.SOURCE + ", equation 8"
+    source: ClassVar[str] = Prox.SOURCE
 
     def distance(self, x: Tensor) -> Tensor:
         return (x.abs() - 1).abs()
@@ -85,7 +85,7 @@ class ProxTernary(Prox):
     threshold: float = setting(0.5, "up to which |w| the level is 0, in (0, 1)")
 
     name: ClassVar[str] = "proxquant-ternary"
-    source: ClassVar[str] = Prox.SOURCE + ", section 4"
+    source: ClassVar[str] = Prox.SOURCE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,4 +100,4 @@ class BinaryRelax(Prox):
     """A part of the way to ±1, in proportion to the distance."""
 
     name: ClassVar[str] = "binary-relax"
-    source: ClassVar[str] = "Yin, Zhang, Lyu, Osher, Qi, Xin 2018, arXiv 1801.06313, equation 2.7"
+    source: ClassVar[str] = "Yin, Zhang, Lyu, Osher, Qi, Xin 2018, arXiv 1801.06313"

@@ -73,7 +73,7 @@ class StochasticRounding(Randomised):
     step: float = setting(1.0, "distance between levels, > 0")
 
     name: ClassVar[str] = "stochastic-rounding"
-    source: ClassVar[str] = "Gupta, Agrawal, Gopalakrishnan, Narayanan 2015, arXiv 1502.02551, section 3"
+    source: ClassVar[str] = "Gupta, Agrawal, Gopalakrishnan, Narayanan 2015, arXiv 1502.02551"
 
     def __post_init__(self) -> None:
         positive("step", self.step)
@@ -92,7 +92,7 @@ class StochasticSign(Randomised):
     """+1 with probability (1 + clip(x, -1, 1)) / 2, else -1; h = 1 where |x| <= 1, 0 beyond: exact for the mean."""
 
     name: ClassVar[str] = "stochastic-sign"
-    source: ClassVar[str] = "Courbariaux, Bengio, David 2015, arXiv 1511.00363, equation 2"
+    source: ClassVar[str] = "Courbariaux, Bengio, David 2015, arXiv 1511.00363"
 
     def value(self, x: Tensor, u: Tensor) -> Tensor:
         return 2 * (u < 0.5 * (1 + x.clamp(-1, 1))).to(x.dtype) - 1

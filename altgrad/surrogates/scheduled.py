@@ -25,7 +25,7 @@ class EDE(Pointwise):
     end: float = setting(10.0, "t at its end, > 0")
 
     name: ClassVar[str] = "ede"
-    source: ClassVar[str] = "Qin, Gong, Liu, Shen, Wei, Yu, Song 2020, arXiv 1909.10788 (IR-Net), equations 9 to 12"
+    source: ClassVar[str] = "Qin, Gong, Liu, Shen, Wei, Yu, Song 2020, arXiv 1909.10788 (IR-Net)"
 
     def __post_init__(self) -> None:
         for name in ("t", "start", "end"):
@@ -59,7 +59,7 @@ class ReSTE(Pointwise):
     end: float = setting(3.0, "o at the end of the run, >= 1; it begins at 1")
 
     name: ClassVar[str] = "reste"
-    source: ClassVar[str] = "Wu, Gong, Xia, Zheng, Liu 2023, arXiv 2308.06689, equations 8 to 12"
+    source: ClassVar[str] = "Wu, Gong, Xia, Zheng, Liu 2023, arXiv 2308.06689"
 
     def __post_init__(self) -> None:
         for name in ("o", "end"):

@@ -81,7 +81,7 @@ class FastSigmoid(Pointwise):
     slope: float = setting(25.0, "slope k, > 0; h(0) = 1")
 
     name: ClassVar[str] = "fast-sigmoid"
-    source: ClassVar[str] = "Zenke, Ganguli 2018, arXiv 1705.11146, equation 5"
+    source: ClassVar[str] = "Zenke, Ganguli 2018, arXiv 1705.11146"
 
     def __post_init__(self) -> None:
         positive("slope", self.slope)
@@ -104,7 +104,7 @@ class Erf(Pointwise):
     alpha: float = setting(2.0, "slope α = 1 / (√2 standard deviation), > 0")
 
     name: ClassVar[str] = "erf"
-    source: ClassVar[str] = "Yin, Corradi, Bohté 2021, Nature Machine Intelligence 3"
+    source: ClassVar[str] = "Yin, Corradi, Bohté 2021"
 
     def __post_init__(self) -> None:
         positive("alpha", self.alpha)
@@ -123,7 +123,7 @@ class Exponential(Pointwise):
     alpha: float = setting(2.0, "slope α, > 0; h(0) = α / 2")
 
     name: ClassVar[str] = "exponential"
-    source: ClassVar[str] = "Shrestha, Orchard 2018, arXiv 1810.08646"
+    source: ClassVar[str] = "Shrestha, Orchard 2018 (SLAYER)"
 
     def __post_init__(self) -> None:
         positive("alpha", self.alpha)

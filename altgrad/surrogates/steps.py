@@ -52,7 +52,7 @@ class BiReal(Pointwise):
     """h = 2 - 2|x| where |x| <= 1, 0 beyond: the derivative of x (2 - |x|), a parabola on either side."""
 
     name: ClassVar[str] = "bireal"
-    source: ClassVar[str] = "Liu, Wu, Luo, Yang, Liu, Cheng 2018, arXiv 1808.00278, equation 6"
+    source: ClassVar[str] = "Liu, Wu, Luo, Yang, Liu, Cheng 2018, arXiv 1808.00278"
 
     @property
     def kinks(self) -> tuple[float, ...]:
@@ -73,7 +73,7 @@ class Triangle(Pointwise):
     alpha: float = setting(1.0, "height α, and one over half the width, > 0")
 
     name: ClassVar[str] = "triangle"
-    source: ClassVar[str] = "Esser et al. 2016, arXiv 1603.08270; Bellec et al. 2018, arXiv 1803.09574"
+    source: ClassVar[str] = "Esser et al. 2016; Bellec et al. 2018"
 
     def __post_init__(self) -> None:
         positive("alpha", self.alpha)
@@ -97,7 +97,7 @@ class Rectangle(Pointwise):
     width: float = setting(1.0, "width, > 0")
 
     name: ClassVar[str] = "rectangle"
-    source: ClassVar[str] = "Wu, Deng, Li, Zhu, Shi 2018, arXiv 1706.02609"
+    source: ClassVar[str] = "Wu, Deng, Li, Zhu, Shi 2018"
 
     def __post_init__(self) -> None:
         positive("width", self.width)

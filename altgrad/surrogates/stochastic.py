@@ -118,7 +118,7 @@ class ReinMax(Categorical):
     tau: float = setting(1.0, "temperature τ, >= 1; above 1 there is less noise, and bias even for linear losses")
 
     name: ClassVar[str] = "reinmax"
-    source: ClassVar[str] = "Liu, Dong, Liu, Yu, Gao 2023, arXiv 2304.08612, equation 4"
+    source: ClassVar[str] = "Liu, Dong, Liu, Yu, Gao 2023, arXiv 2304.08612"
 
     def __post_init__(self) -> None:
         positive("tau", self.tau)
