@@ -16,6 +16,7 @@ arXiv 2007.05785 (arctan).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 

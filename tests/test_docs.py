@@ -111,7 +111,8 @@ BLOCKS = [(page.name, number, block) for page in PAGES for number, block in enum
 
 
 @pytest.mark.parametrize(("page", "number", "block"), BLOCKS, ids=[f"{page}-{number}" for page, number, _ in BLOCKS])
-def test_python_of_a_page_runs(page, number, block):
+def test_python_of_a_page_runs(page, number, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     exec(compile(block, page, "exec"), {"__name__": f"{page}-{number}"})
 
 

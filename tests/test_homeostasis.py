@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from settled import KEY, drawn, feedback, look
+from settled import KEY, drawn, feedback, layered, look
 from tolerances import tolerance
 
 from altgrad import registry, trainer
@@ -13,7 +13,7 @@ from altgrad.equilibrium.feedback import LayeredFeedback
 from altgrad.equilibrium.homeostasis import homeostasis, map_of
 from altgrad.equilibrium.homeostatic import Homeostatic
 from altgrad.equilibrium.settling import Settling, squared_error
-from altgrad.errors import SettingError
+from altgrad.errors import CapabilityError, SettingError
 from altgrad.rng import Key
 from altgrad.training import TrainSettings
 from altgrad.world import World
@@ -119,6 +119,11 @@ def test_held_out_figures_are_those_of_the_loss_alone():
 def test_a_negative_weight_is_refused():
     with pytest.raises(SettingError, match="homeostasis=-1"):
         Homeostatic(LayeredFeedback([3, 3, 3], key=Key(0)), squared_error, homeostasis=-1.0)
+
+
+def test_it_is_refused_where_the_jacobian_is_symmetric_already():
+    with pytest.raises(CapabilityError, match="an energy is symmetric already"):
+        fit_check(Equilibrium(correction="homeostasis"), layered()[0])
 
 
 def trained(weight, engine="equilibrium", **settings):

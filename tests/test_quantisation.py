@@ -142,7 +142,7 @@ def test_learned_steps_of_inputs_start_from_the_example():
     handle = own[3].input_quantiser.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     own(data()[0])
     handle.remove()
-    assert float(own[3].input_quantiser.step) == pytest.approx(2 * float(seen[0].abs().mean()) / 7**0.5)
+    assert float(own[3].input_quantiser.step.detach()) == pytest.approx(2 * float(seen[0].abs().mean()) / 7**0.5)
 
 
 def test_calibrating_leaves_running_statistics_alone():
