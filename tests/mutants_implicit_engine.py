@@ -4,10 +4,11 @@ from mutants_form import EVERYWHERE, Mutant, altered, on, patched, scaled, summe
 
 from altgrad.engines import implicit
 from altgrad.engines.implicit import Implicit
-from altgrad.implicit import calls, rule
+from altgrad.implicit import calls
+from altgrad.implicit.equation import Equation
 
 SETTLES = ("is_exact_on_a_net_that_settles",)
-SOLVE, INVERSE = calls.fixed_point, rule.Inverse
+SOLVE, LINEAR = calls.fixed_point, Equation.solved_linear
 
 
 def one_step(function, start, **settings):
@@ -25,12 +26,9 @@ def mixed_examples(function, start, **settings):
     return SOLVE(function, start, **{**settings, "tol": 1e-4, "batch_dims": 0})
 
 
-class Untransposed(INVERSE):
+def untransposed(equation, tangent, b, *, transpose):
     """A⁻¹ where A⁻ᵀ is due."""
-
-    @staticmethod
-    def forward(equation, transpose, b, x, *theta):
-        return INVERSE.forward(equation, not transpose, b, x, *theta)
+    return LINEAR(equation, tangent, b, transpose=not transpose)
 
 
 def names_dropped(found, *_):
@@ -44,7 +42,7 @@ MUTANTS = [
     Mutant("implicit: one step in place of the adjoint", Implicit(), SETTLES, patched(implicit, "fixed_point", one_step)),
     Mutant("implicit: solved to three digits", Implicit(), SETTLES, patched(implicit, "fixed_point", early)),
     Mutant("implicit: stops with the batch, not the example", Implicit(), SETTLES, patched(implicit, "fixed_point", mixed_examples)),
-    Mutant("implicit: A for its transpose", Implicit(), SETTLES, patched(rule, "Inverse", Untransposed)),
+    Mutant("implicit: A for its transpose", Implicit(), SETTLES, patched(Equation, "solved_linear", untransposed)),
     Mutant("implicit: a parameter forgotten", altered(Implicit, names_dropped), SETTLES),
     Mutant("implicit: biased adjoint reversed", altered(Implicit, scaled(-1), adjoint="jfb"), ("is_not_reversed_on_network",)),
 ]

@@ -15,6 +15,7 @@ import altgrad
 from altgrad.metrics import flops, live_bytes
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+IMPORTED = {"recording.py", "peers.py", "implicit_peers.py", "tuned.py"}  # by the scripts
 WIDTH, BATCH = 256, 512
 
 
@@ -66,9 +67,7 @@ def test_dense_tangents_cost_the_operations_of_their_formula():
     assert flops(lambda: learner.backward(x, y)) <= 1.15 * forward * (1 + tangents * (2 - first))
 
 
-@pytest.mark.parametrize(
-    "script", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in {"recording.py", "peers.py", "tuned.py"})
-)  # those are imported by others
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCHMARKS.glob("*.py") if path.name not in IMPORTED))
 def test_every_benchmark_explains_itself(script):
     shown = subprocess.run([sys.executable, str(BENCHMARKS / script), "--help"], capture_output=True, text=True, timeout=120)
     assert shown.returncode == 0

@@ -15,6 +15,7 @@ from altgrad.rng import Key
 DIGITS, GREY, COLOUR = (64,), (1, 28, 28), (3, 32, 32)
 KEY = Key(0)
 IMAGE_MODELS = sorted(name for name, cls in models.TABLE.items() if getattr(cls, "reads", "images") == "images")
+BUILT = sorted(name for name, cls in models.TABLE.items() if getattr(cls, "reads", "images") != "graph")  # from a shape alone
 
 
 def make(name, settings=None, shape=DIGITS, key=KEY):
@@ -43,24 +44,24 @@ def test_every_model_reads_every_image_shape(name, shape):
     assert make(name, shape=shape)(torch.randn(3, *shape)).shape == (3, 10)
 
 
-@pytest.mark.parametrize("name", sorted(models.TABLE))
+@pytest.mark.parametrize("name", BUILT)
 def test_the_same_key_gives_the_same_weights(name):
     assert torch.equal(weights(make(name, key=Key(7))), weights(make(name, key=Key(7))))
 
 
-@pytest.mark.parametrize("name", sorted(models.TABLE))
+@pytest.mark.parametrize("name", BUILT)
 def test_another_key_gives_other_weights(name):
     assert not torch.equal(weights(make(name, key=Key(7))), weights(make(name, key=Key(8))))
 
 
-@pytest.mark.parametrize("name", sorted(models.TABLE))
+@pytest.mark.parametrize("name", BUILT)
 def test_building_leaves_the_global_generator_alone(name):
     before = torch.get_rng_state()
     make(name)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", sorted(models.TABLE))
+@pytest.mark.parametrize("name", BUILT)
 def test_no_weight_is_left_to_the_global_generator(name):
     first = make(name)
     torch.rand(3)  # moves the global generator on

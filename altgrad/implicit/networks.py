@@ -116,7 +116,7 @@ class ConvergentGraph:
     adjoint: str = setting("gmres", "as of the engine implicit; the system has a number of unknowns of nodes times width")
     max_steps: int = setting(200, "of the solver")
 
-    needs: ClassVar[str] = "a graph"
+    reads: ClassVar[str] = "graph"
 
     def __post_init__(self) -> None:
         require(isinstance(self.width, int) and self.width >= 1, "width", self.width, "an integer of at least 1")
