@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from deep_nets import KIND, Fixed, close, drawn, estimated, fixed_batch, gradients, pair
 
 from altgrad import models, registry
+from altgrad.conformance.settling import settling
 from altgrad.engine import Bias, fit_check
 from altgrad.errors import CapabilityError, NotConvergedError, NotConvergedWarning, SettingError
 from altgrad.learner import Learner
@@ -55,6 +56,21 @@ def test_the_engines_settings_take_the_layers_place():
     assert float(exact.metrics["cosine"]) == pytest.approx(1, abs=1e-12)
     assert float(rough.metrics["cosine"]) < 0.999
     assert float(rough.metrics["adjoint_residual"]) > 1e-3
+
+
+def test_the_penalty_of_a_net_that_settles_is_in_the_gradient():
+    problem, rule, size = settling(torch.float64), registry.engine("implicit", {"jacobian": 0.5, "tol": 1e-12}), 1e-5
+    batch, params = problem.batch(0, World()), {name: value.detach() for name, value in problem.params().items()}
+    along = {name: torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0)) for name, value in params.items()}
+
+    def at(step):
+        moved = {name: value + step * along[name] for name, value in params.items()}
+        found = rule.estimate(problem, moved, {}, batch, Key(0), World())
+        return found, float(found.loss + 0.5 * found.metrics["jacobian"])
+
+    slope = sum(float((at(0.0)[0].grads[name] * value).sum()) for name, value in along.items())
+    assert slope == pytest.approx((at(size)[1] - at(-size)[1]) / (2 * size), rel=1e-6)
+    assert float(at(0.0)[0].metrics["jacobian"]) > 1e-3
 
 
 @pytest.mark.parametrize("adjoint", ["jfb", "neumann(8)", "phantom(5,0.5)", "truncated(4)", "unroll", "checkpoint"])
@@ -182,8 +198,6 @@ def test_rest_as_the_solution_takes_what_the_problem_found():
     ],
 )
 def test_claims_hold_on_a_problem_that_settles(name):
-    from altgrad.conformance.settling import settling
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotConvergedWarning)
         dict(checks(registry.engine("implicit", {"radius": 8, "jacobian": 0.1}), lambda: settling(torch.float64)))[name]()
