@@ -23,24 +23,25 @@ ACTIVE: list[Any] = []  # of replacing.Replacing: the innermost decides
 
 
 class Reversed(torch.autograd.Function):
-    """forward.value(x), with the derivative slope.derivative(x) by reverse mode."""
+    """forward.value(x, *drawn), with the derivative slope.derivative(x) by reverse mode; what is drawn has none."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, forward: Any, slope: "Pointwise") -> Tensor:  # type: ignore[override]
-        return forward.value(x)
+    def forward(x: Tensor, forward: Any, slope: Any, *drawn: Tensor) -> Tensor:  # type: ignore[override]
+        return forward.value(x, *drawn)  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, ctx.slope = inputs
+        x, _, ctx.slope, *drawn = inputs
+        ctx.drawn = len(drawn)
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
         (x,) = ctx.saved_tensors
-        return grad * ctx.slope.derivative(x), None, None
+        return grad * ctx.slope.derivative(x), None, None, *[None] * ctx.drawn
 
 
 class Quantised(Reversed):
@@ -98,10 +99,10 @@ class Pointwise(Estimator):
         return with_derivative(x, forward, slope)
 
 
-def with_derivative(x: Tensor, forward: Any, slope: Pointwise) -> Tensor:
-    """forward.value(x), with the derivative slope.derivative(x)."""
+def with_derivative(x: Tensor, forward: Any, slope: Any, *drawn: Tensor) -> Tensor:
+    """forward.value(x, *drawn), with the derivative slope.derivative(x)."""
     rule = Reversed if torch.compiler.is_compiling() else Quantised
-    return rule.apply(x, forward, slope)  # type: ignore[no-any-return]
+    return rule.apply(x, forward, slope, *drawn)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ so h = 1 is the exact derivative of the mean. Nothing is saved but x.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,36 +14,7 @@ from torch import Tensor
 from altgrad.rng import Key
 from altgrad.surrogates.draws import uniform
 from altgrad.surrogates.estimator import Estimator, positive, setting
-
-
-class Reversed(torch.autograd.Function):
-    """(x, u, estimator) -> q, by reverse mode."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, u: Tensor, estimator: Any) -> Tensor:  # type: ignore[override]
-        return estimator.value(x, u)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        x, _, ctx.estimator = inputs
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return grad * ctx.estimator.derivative(x), None, None
-
-
-class Rounded(Reversed):
-    """The same by forward mode too, which torch.compile does not trace."""
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        (x,) = ctx.saved_tensors
-        return tangent * ctx.estimator.derivative(x)
+from altgrad.surrogates.pointwise import with_derivative
 
 
 @dataclass(frozen=True)
@@ -62,8 +33,7 @@ class Randomised(Estimator):
 
     def __call__(self, x: Tensor, *, key: Key | None = None, noise: Tensor | None = None) -> Tensor:
         """q(x; u), arguments and errors as for Categorical; x and the noise have any shape."""
-        rule = Reversed if torch.compiler.is_compiling() else Rounded
-        return rule.apply(x, uniform(self.name, x, key, noise), self)  # type: ignore[no-any-return]
+        return with_derivative(x, self, self, uniform(self.name, x, key, noise))
 
 
 @dataclass(frozen=True)
