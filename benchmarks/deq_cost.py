@@ -10,15 +10,15 @@ so, where it is not installed.
 
 import argparse
 import statistics
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from recording import record
+from recording import interleaved, record
 from torch import Tensor, nn
 
 from altgrad.errors import NotConvergedWarning
@@ -138,12 +138,7 @@ def compared(norm: float, repeats: int, installed: bool) -> list[dict[str, Any]]
             assert layer.info.iterations is not None
             assert layer.info.adjoint is not None
             rows[name] |= {"iterations": int(layer.info.iterations.max()), "products": layer.info.adjoint.products}
-    times: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(repeats):
-        for name, layer in layers.items():
-            started = time.process_time()
-            gradient(layer, cell, u, bar)
-            times[name].append(time.process_time() - started)
+    times = interleaved({name: partial(gradient, layer, cell, u, bar) for name, layer in layers.items()}, repeats)
     for name, row in rows.items():
         row |= {"least_ms": 1e3 * min(times[name]), "median_ms": 1e3 * statistics.median(times[name])}
         products = f"{row.get('products', '-'):>4} products" if "products" in row else " " * 13

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from recording import record
+from recording import interleaved, ratio, record
 
 from altgrad import Batch, Key, World, models, registry
 from altgrad.engines.equilibrium import Equilibrium
@@ -75,18 +75,9 @@ def steps(spelt: str, tolerance: float, repeats: int) -> dict[str, Any]:
         "equilibrium, plain network (tanh)": estimator(plain(sizes, "tanh"), batch, "equilibrium", tolerance=tolerance),
         "equilibrium, plain network (tanh), 4 points": estimator(plain(sizes, "tanh"), batch, "equilibrium", **four),
     }
-    seconds: dict[str, list[float]] = {label: [] for label in cases}
-    for turn in range(repeats + 1):
-        for label, run in cases.items():
-            started = time.perf_counter()
-            run()
-            if turn:  # the first turn warms up
-                seconds[label].append(time.perf_counter() - started)
+    seconds = interleaved(cases, repeats, time.perf_counter)
     base = seconds[BACKPROP]
-    rows = {
-        label: {"milliseconds": 1000 * statistics.median(own), "ratio": statistics.median(one / other for one, other in zip(own, base, strict=True))}
-        for label, own in seconds.items()
-    }
+    rows = {label: {"milliseconds": 1000 * statistics.median(own), "ratio": ratio(own, base)} for label, own in seconds.items()}
     return {"sizes": spelt, "tolerance": tolerance, "batch": EXAMPLES, "repeats": repeats, "rows": rows}
 
 

@@ -10,13 +10,12 @@ bare operation, in tensors of the input's size; `detach form` is the same ReSTE 
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from recording import record
+from recording import interleaved, ratio, record
 from torch import Tensor, nn
 
 from altgrad import surrogates
@@ -38,23 +37,6 @@ def detach_form(x: Tensor) -> Tensor:
     """ReSTE with o = 2 as published code often writes such estimators."""
     soft = torch.where(x.abs() <= 0.1, x * 0.1**-0.5, x.sign() * x.abs().clamp(0.1, 1.5).pow(0.5))
     return soft + (surrogates.sign(x) - soft).detach()
-
-
-def timed(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each call in each of `repeats` rounds in which all take turns."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for round_ in range(repeats + 1):
-        for name, call in calls.items():
-            started = time.process_time()
-            call()
-            if round_:  # the first round warms up
-                found[name].append(time.process_time() - started)
-    return found
-
-
-def ratio(own: list[float], reference: list[float]) -> float:
-    """The median quotient of two calls that took turns."""
-    return statistics.median(a / b for a, b in zip(own, reference, strict=True))
 
 
 def saved(call: Callable[[Tensor], Tensor], x: Tensor) -> float:
@@ -86,8 +68,8 @@ def main() -> None:
     def bare(call: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(call(x).sum(), x)
 
-    steps = timed({name: step(model) for name, model in models.items()}, arguments.repeats)
-    alone = timed({name: bare(surrogates.get(name)) for name in names}, arguments.repeats)
+    steps = interleaved({name: step(model) for name, model in models.items()}, arguments.repeats)
+    alone = interleaved({name: bare(surrogates.get(name)) for name in names}, arguments.repeats)
     rows = [
         {
             "estimator": name,
