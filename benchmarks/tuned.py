@@ -39,7 +39,7 @@ class Table:
         settings = {**self.shared, **self.rows[name]["settings"], **candidate}
         if steps is not None:
             settings = {key: value for key, value in settings.items() if key != "epochs"} | {"steps": steps}
-        return build(TrainSettings(seed=seed, log_every=1000000, **settings))
+        return build(TrainSettings(seed=seed, log_every=1000000, evaluate_every=1000000, **settings))
 
     def tune(self, name: str, candidate: Row, seed: int, steps: int | None) -> dict[str, Any]:
         """One run on five sixths of the training set; its figures on the rest."""
