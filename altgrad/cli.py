@@ -62,6 +62,7 @@ def main() -> None:
 @click.option("--steps", type=int, metavar="N", help="Updates, instead of epochs.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Names all randomness: first weights, order of the data, noise.")
 @click.option("--save-every", type=int, metavar="STEPS", help="Steps between checkpoints. [default: an epoch]")
+@click.option("--evaluate-every", type=int, metavar="STEPS", help="Steps between looks at the test set, the last step besides. [default: an epoch]")
 @click.option("--out", type=FOLDER, help="The run folder. [default: runs/PROBLEM-ENGINE-N, the next that is free]")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in --out.")
 @click.option("--beside", multiple=True, metavar="ENGINE", shell_complete=complete_engine, help="Then train with this engine too, without --at; repeatable.")
@@ -88,6 +89,7 @@ def train(
     steps: int | None,
     seed: int,
     save_every: int | None,
+    evaluate_every: int | None,
     out: Path | None,
     overwrite: bool,
     beside: tuple[str, ...],
@@ -131,6 +133,7 @@ def train(
             seed=seed,
             clip=clip,
             save_every=save_every,
+            evaluate_every=evaluate_every,
             data_dir=data_dir,
         )
         training = trainer.build(settings, world=world)

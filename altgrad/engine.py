@@ -147,7 +147,10 @@ class Engine:
 
     @property
     def readouts(self) -> tuple[str, ...]:
-        """Other values of the setting `readout`, each of whose held-out figures is reported beside those of `predict`."""
+        """Other values of the setting `readout`, each of whose held-out figures is reported beside those of `predict`.
+
+        `reads` gives all of them by name, and "own", which stands in for those that nothing has been trained for.
+        """
         return ()
 
     def at(self, pattern: str, other: Any) -> "Engine":

@@ -55,12 +55,13 @@ class TrainSettings:
     seed: int = option(0, "names all randomness: weights, order, noise; 0 to 2^64 - 1")
     clip: float | None = option(None, "largest norm of the whole gradient; none for no limit")
     save_every: int | None = option(None, "steps between checkpoints; none for an epoch")
+    evaluate_every: int | None = option(None, "steps between looks at the test set; none for an epoch; the last step is always followed by one")
     log_every: int = option(1, "steps between rows of metrics.jsonl")
     data_dir: str | None = option(None, "where the user's own data files are")
 
     def __post_init__(self) -> None:
         require(self.epochs is None or self.steps is None, "steps", self.steps, f"absent where epochs={self.epochs} is given")
-        for name in ("epochs", "steps", "save_every", "log_every"):
+        for name in ("epochs", "steps", "save_every", "evaluate_every", "log_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "1 or more")
         require(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2^64)")

@@ -238,6 +238,25 @@ def test_every_read_out_is_evaluated():
     assert {"test_accuracy", "test_accuracy_own", "test_accuracy_last", "test_accuracy_vote"} <= set(figures)
 
 
+@pytest.mark.parametrize("engine", ["mono-forward", "deep-supervision", "forward-forward"])
+def test_one_pass_over_the_test_set_gives_the_figures_that_each_read_out_gives_alone(engine, monkeypatch):
+    training = build(TrainSettings(engine=engine, model_settings={"hidden": "24-16-12"}, steps=20))
+    for _ in range(20):
+        trainer.step(training)
+    alone = {}
+    for name in ("", *training.engine.readouts):
+        read = replace(training.engine, readout=name) if name else training.engine
+        found = training.problem.evaluate(replace(training, engine=read).predict, split="test")
+        alone |= {f"test_{figure}_{name}".removesuffix("_"): value for figure, value in found.items()}
+    rows, own = [], type(training.engine).reads
+    monkeypatch.setattr(
+        type(training.engine), "reads", lambda self, problem, params, state, inputs: rows.append(len(inputs)) or own(self, problem, params, state, inputs)
+    )
+    assert trainer.evaluate(training) == pytest.approx(alone, abs=1e-6)
+    assert len({round(value, 6) for name, value in alone.items() if "loss" in name}) > 2
+    assert sum(rows) == len(training.problem.dataset.test_inputs)
+
+
 # -- training ---------------------------------------------------------------------------------------------------------------------
 
 

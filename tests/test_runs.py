@@ -56,6 +56,15 @@ def test_save_every_sets_the_steps_of_the_checkpoints(tmp_path):
     assert [checkpoint.step_of(path) for path in checkpoint.available(tmp_path / "run" / "checkpoints")] == [3, 6, 9, 10]
 
 
+def test_evaluate_every_sets_the_steps_of_the_figures_on_the_test_set_and_keeps_the_last(tmp_path):
+    trainer.fit(start(evaluate_every=3), run_folder=tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run") if "test_loss" in row] == [3, 6, 9, 10]
+    trainer.fit(start(evaluate_every=100), run_folder=tmp_path / "once")
+    assert [row["step"] for row in rows(tmp_path / "once") if "test_loss" in row] == [10]
+    with pytest.raises(errors.SettingError, match="evaluate_every=0"):
+        start(evaluate_every=0)
+
+
 def test_config_holds_the_resolved_settings(tmp_path):
     trainer.fit(start(lr=None), run_folder=tmp_path / "run")
     config = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]
