@@ -9,14 +9,24 @@ rates to choose from, on a sixth of the training set held out (see benchmarks/tu
 
 from typing import Any
 
+import torch
+from torch import nn
 from tuned import Table, main
+
+from altgrad import Key, models
 
 SHARED: dict[str, Any] = {"problem": "cifar10", "optimizer": "Adam", "schedule": "cosine", "problem_settings": {"batch_size": 128}, "epochs": 3}
 RATES = ({"lr": 3e-4}, {"lr": 1e-3})
 MODELS: dict[str, dict[str, Any]] = {
     "mlp 3x2000": {"model": "mlp", "model_settings": {"hidden": "2000-2000-2000"}},
-    "cnn 40-80-160": {"model": "cnn", "model_settings": {"channels": "40-80-160"}},
+    "cnn 40-80-160": {"model": "local_cifar10:convolutions", "model_settings": {"channels": "40-80-160"}},
 }
+
+
+def convolutions(input_shape: tuple[int, ...], classes: int, channels: str) -> nn.Module:
+    """The model cnn in channels-last layout, in which a CPU is 1.3 times as fast."""
+    key = Key(torch.initial_seed())  # the run's
+    return models.build("cnn", {"channels": channels}, input_shape=input_shape, classes=classes, key=key).to(memory_format=torch.channels_last)
 
 
 def row(model: str, engine: str, **engine_settings: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@ r"""Prediction and similarity matching as an engine: every block tells the class
 
     L_k = (1 - β) CE(a_k Wᵀ + b, y) + β mean (S(T a_k) - S(Y))²
 
-The loss is in altgrad/local_losses/predsim.py.
+The loss is in altgrad/local/losses/predsim.py.
 """
 
 from dataclasses import dataclass
