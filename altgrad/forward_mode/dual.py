@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.errors import CapabilityError
 from altgrad.forward_mode.lazy import Lazy
+from altgrad.inner import differentiated, refused
 
 RULES: dict[Any, Callable[..., Any]] = {}  # torch function -> rule(trace, *args, **kwargs)
 DECOMPOSED: set[Any] = set()  # the rules that stand in for a missing forward formula: counted
@@ -147,6 +148,8 @@ def find_trace(args: Any, kwargs: Any) -> Trace:
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """`func` on arguments some of which are Duals."""
     trace = find_trace(args, kwargs)
+    if differentiated():
+        raise refused(label(func), "a tensor's tangents do not pass through it")
     trace.met(func, args, kwargs)
     if trace.waiting and func not in KEEPING:
         trace.make()

@@ -1,7 +1,7 @@
 """The operators torch.ops.altgrad.*: the plain forms for every device, Triton's on CUDA, and what vmap, torch.compile and opcheck ask of them.
 
 A kernel is registered beside its plain form and takes over for CUDA tensors of the types it knows; Triton is imported when the first one
-arrives. There is no backward rule: nothing here is differentiated.
+arrives. There is no backward rule: where a derivative is being taken, plain functions of PyTorch stand in.
 """
 
 import warnings
@@ -11,10 +11,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import TransformType, _add_batch_dim, _unwrap_batched, peek_interpreter_stack
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
+from altgrad.inner import differentiated
 from altgrad.kernels import noise
 from altgrad.kernels.lowrank_plain import check, plain_linear, plain_member, plain_update
 from altgrad.kernels.perturbations import factors, plain_addressed_update, plain_axpy_
@@ -224,7 +226,9 @@ def taken_out(values: Sequence[Tensor | None]) -> tuple[list[Any], list[int | No
 
 
 def member_under_vmap(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """member_linear under vmap."""
+    """member_linear under vmap; where a derivative is taken too, by functions that have one."""
+    if differentiated():
+        return F.linear(x, weight, bias) + torch.matmul(scale * torch.matmul(x, b), a.mT)
     if not only_vmap():
         return OPS.member_linear(x, weight, bias, a, b, scale)
     parts, in_dims = taken_out((x, weight, bias, a, b))

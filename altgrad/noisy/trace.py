@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._functorch import _add_batch_dim, get_unwrapped, is_batchedtensor, maybe_current_level, maybe_get_bdim
 
 from altgrad.errors import CapabilityError
+from altgrad.inner import differentiated, refused
 from altgrad.noisy.credited import Credit, touched
 from altgrad.noisy.draws import Draws
 from altgrad.noisy.parameters import Noisy
@@ -107,6 +108,8 @@ class NoisyTrace:
     def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local, *, units: int | None = None) -> Tensor:
         """The noisy output of a layer."""
         name = next(part.parameter for part in (weight, bias) if isinstance(part, Noisy))
+        if differentiated() or torch.is_grad_enabled():
+            raise refused(f"layer {name!r}", "the derivative depends on the layer's weight, of which noise on the layer's output tells nothing")
         call = self.calls[name]
         self.calls[name] += 1
         site = f"{name}@{call}"

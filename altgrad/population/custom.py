@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.autograd import Function
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import CheckpointFunction
 
+from altgrad.inner import differentiated
 from altgrad.population.parameters import plain
 
 
@@ -27,14 +29,17 @@ class Unused:
 
 @contextmanager
 def running_custom_functions() -> Iterator[None]:
-    """Within it, Functions that have no rule for vmap run their forward, and reentrant checkpoints what they hold."""
-    original = Function.__dict__["apply"]
+    """Within it, Functions that have no rule for vmap run their forward, and reentrant checkpoints what they hold.
+
+    A model that differentiates within its own forward pass gets what a Function's own rules say, or vmap's refusal.
+    """
+    original, recording = Function.__dict__["apply"], torch.is_grad_enabled()
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is CheckpointFunction:
             return args[0](*args[2:])
         args, kwargs = tree_map(plain, (args, kwargs))  # a Function sees values, not parameters that answer functions themselves
-        if cls.vmap is not Function.vmap or cls.generate_vmap_rule:
+        if cls.vmap is not Function.vmap or cls.generate_vmap_rule or differentiated() or (torch.is_grad_enabled() and not recording):
             return original.__get__(None, cls)(*args, **kwargs)
         with_context = cls.setup_context is Function.setup_context
         return cls.forward(*((Unused(), *args) if with_context else args), **kwargs)
