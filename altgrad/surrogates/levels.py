@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.errors import require
 from altgrad.surrogates.estimator import setting
-from altgrad.surrogates.pointwise import Pointwise, sign, within
+from altgrad.surrogates.pointwise import Pointwise, emptied, sign, within
 from altgrad.surrogates.smooth import bump
 
 
@@ -123,8 +123,11 @@ class DSQ(Pointwise):
         return self.low + self.interval * (i + 0.5 * (sign(u) + 1))
 
     def derivative(self, x: Tensor) -> Tensor:
+        steepness = math.log(2 / self.alpha - 1)  # k Δ
+        height = 0.5 * steepness / (1 - self.alpha)  # (Δ/2) s k
+        if self.operation == "sign":
+            return bump(emptied(x, 1).mul_(steepness)).mul_(4 * height).to(x.dtype)
         _, u = self.located(x)
-        height = 0.5 * math.log(2 / self.alpha - 1) / (1 - self.alpha)  # (Δ/2) s k
         inside = x.sub(x.clamp(self.low, self.high)).abs_().neg_().sign_().add_(1)  # 1 where nothing was clipped off
         return inside.mul_(bump(u.mul_(2)).mul_(4 * height))
 

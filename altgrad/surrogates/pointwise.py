@@ -9,7 +9,9 @@ Values and derivatives are worked out in place, in one fresh tensor where that i
 result that a later derivative needs (that of exp, sigmoid, reciprocal) is never written over.
 """
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -118,6 +120,20 @@ class Soft:
 def within(x: Tensor, bound: float) -> Tensor:
     """1 where |x| <= bound, 0 beyond, in x's type; NaN stays NaN."""
     return x.abs().neg_().add_(bound).sign_().add_(1).clamp_max_(1)
+
+
+def emptied(x: Tensor, bound: float) -> Tensor:
+    """-|x| where |x| <= bound, -inf beyond, where what vanishes at infinity is 0; in float32 or better, a tensor of the caller's own. NaN stays NaN."""
+    size = x.abs().to(torch.promote_types(x.dtype, torch.float32))
+    if torch.compiler.is_compiling():
+        return torch.where(size > bound, -math.inf, -size)
+    return torch.threshold_(size.neg_(), below(-bound, size.dtype), -math.inf)
+
+
+@cache
+def below(value: float, dtype: torch.dtype) -> float:
+    """The greatest number of this type that is less than `value` as this type has it."""
+    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)).item()
 
 
 def sign(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from altgrad.errors import require
 from altgrad.surrogates.estimator import clamped, positive, setting
-from altgrad.surrogates.pointwise import Pointwise, within
+from altgrad.surrogates.pointwise import Pointwise, emptied, within
 from altgrad.surrogates.smooth import bump
 
 
@@ -76,10 +76,11 @@ class ReSTE(Pointwise):
         return replace(self, o=1 + (self.end - 1) * (1 - math.cos(0.5 * math.pi * clamped(share))))
 
     def derivative(self, x: Tensor) -> Tensor:
-        size = x.abs().to(torch.promote_types(x.dtype, torch.float32))  # a logarithm in half precision is too coarse
-        exponent = size.clamp_min_(self.m).log2_().mul_((1 - self.o) / self.o)  # not pow, which takes twice the time
-        straight = exponent.add_(within(x, self.m), alpha=math.log2(self.o)).sub_(math.log2(self.o))
-        return within(x, self.t).mul_(straight.exp2_())
+        if self.o == 1:
+            return within(x, self.t)
+        power = (1 - self.o) / self.o
+        size = torch.threshold_(emptied(x, self.t).neg_(), self.m, self.m * self.o ** (1 / power))  # the number whose curve is at the chord's height
+        return size.log2_().mul_(power).sub_(math.log2(self.o)).exp2_().to(x.dtype)  # not pow, which takes twice the time
 
     def primitive(self, x: Tensor) -> Tensor:
         size = x.abs()
