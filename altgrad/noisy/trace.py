@@ -108,8 +108,6 @@ class NoisyTrace:
     def site(self, weight: Any, bias: Any, inputs: Tensor, compute: Callable[[], Tensor], local: Local, *, units: int | None = None) -> Tensor:
         """The noisy output of a layer."""
         name = next(part.parameter for part in (weight, bias) if isinstance(part, Noisy))
-        if differentiated() or torch.is_grad_enabled():
-            raise refused(f"layer {name!r}", "the derivative depends on the layer's weight, of which noise on the layer's output tells nothing")
         call = self.calls[name]
         self.calls[name] += 1
         site = f"{name}@{call}"
@@ -119,6 +117,8 @@ class NoisyTrace:
         else:
             value = compute()
             self.computed += 1
+        if differentiated() or value.requires_grad:
+            raise refused(f"layer {name!r}", "the derivative depends on the layer's weight, of which noise on the layer's output tells nothing")
         if not value.is_floating_point():
             raise CapabilityError(f"layer {name!r} puts out {value.dtype}; noise can be added to floating point outputs only. Leave it out with layers=….")
         return self.noised(Record(weight, bias, inputs, value, local, name, site, units), site, value) if mine else value
