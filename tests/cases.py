@@ -152,6 +152,7 @@ CASES = [
     labelled(variant="collaboration"),
     labelled(variant="collaboration", others="before"),
     labelled(goodness="mean", rows=4, readout="probe"),
+    labelled(negatives="hard"),
     labelled(goodness="mean", peer=1.0, departs={"two_ranks_average_to_the_whole_batch": "a rank holds its own units' running means to one another"}),
     labelled(schedule="sequential", block_steps=2),
     labelled(schedule="interleaved", block_steps=1),

@@ -56,6 +56,7 @@ class ForwardForward(Blockwise):
     alpha: float | None = option(None, "symba: steepness; none for 4 over the number of units where goodness is a sum, 4 where it is a mean")
     others: str = option("all", "collaboration: whose goodness counts beside a block's own, 'all' others' or that of the blocks 'before'")
     gamma: float = option(1.0, "collaboration: weight of the others' goodness")
+    negatives: str = option("uniform", "wrong labels: 'uniform' (each as likely) or 'hard' (as likely as the probes find them, from one pass more)")
     peer: float = option(0.0, "weight of peer normalisation, which keeps units from falling silent (the forward-forward paper has 0.03)")
     label_scale: float = option(0.75, "size of the label's mark over the length of the input beside it")
     skip: int = option(1, "how many of the first blocks have no say in the read-out 'goodness'; all have one in 'network'")
@@ -66,6 +67,7 @@ class ForwardForward(Blockwise):
         super().__post_init__()
         if self.variant not in LOSSES:
             raise SettingError(near_miss("variant", str(self.variant), LOSSES))
+        require(self.negatives in {"uniform", "hard"}, "negatives", self.negatives, "'uniform' or 'hard'")
         require(isinstance(self.skip, int) and self.skip >= 0, "skip", self.skip, "a whole number >= 0")
         require(0 < self.label_scale < float("inf"), "label_scale", self.label_scale, "a number > 0")
         self.rule  # noqa: B018 - checks its settings

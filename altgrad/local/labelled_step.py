@@ -12,6 +12,7 @@ from altgrad.engine import Estimate, Tree
 from altgrad.local.goodness import COPIES, Rows, normalised
 from altgrad.local.labels import at_first, marks_of, no_label, wrong_labels
 from altgrad.local.losses.frame import FEATURES, accuracy, flat
+from altgrad.local.prefix import evaluating
 from altgrad.local.step import Step
 from altgrad.local.streaming import count_of
 from altgrad.problem import Problem, first_tensor
@@ -49,7 +50,8 @@ class LabelledStep(Step):
         self.sampling()
         known = labels != IGNORED
         labels = torch.where(known, labels, 0)
-        wrong = wrong_labels(labels, classes, self.key.fold("wrong"), first=batch.first)
+        chances = self.confused(batch.inputs) if self.engine.negatives == "hard" else None
+        wrong = wrong_labels(labels, classes, self.key.fold("wrong"), first=batch.first, chances=chances)
         like = first_tensor(batch.inputs)
         marks = (marks_of(labels, classes, like), marks_of(wrong, classes, like), no_label(len(labels), classes, like))
         inputs = prepared(batch.inputs)
@@ -64,6 +66,12 @@ class LabelledStep(Step):
             labels.repeat_interleave(COPIES),
         )
         return tree_map(lambda *rows: torch.stack(rows, 1).flatten(0, 1) if isinstance(rows[0], Tensor) else rows[0], *parts)
+
+    def confused(self, inputs: Any) -> Tensor | None:
+        """How likely the probes find every label of inputs without one [N, classes]; None before any block was trained."""
+        with torch.no_grad(), evaluating(self.problem):
+            told, _ = self.engine.outputs(self.problem, self.params, self.state, inputs)
+        return torch.stack(told).mean(0).softmax(1) if told else None
 
     def bridge(self, position: int, output: Any) -> Any:
         """The model's head is given the rows without a label."""
@@ -91,7 +99,7 @@ class LabelledStep(Step):
     def estimate(self, grads: Tree, buffers: Tree) -> Estimate:
         found = super().estimate(grads, buffers)
         metrics = dict(found.metrics)
-        metrics["forwards"] = metrics["forwards"] * COPIES
+        metrics["forwards"] = metrics["forwards"] * COPIES + (self.engine.negatives == "hard")
         return found._replace(metrics=metrics)
 
 

@@ -174,15 +174,22 @@ def no_label(count: int, classes: int, like: Tensor) -> Tensor:
     return torch.full((count, classes), 1 / classes, dtype=dtype, device=like.device)
 
 
-def wrong_labels(labels: Tensor, classes: int, key: Key, *, first: int = 0) -> Tensor:
+def wrong_labels(labels: Tensor, classes: int, key: Key, *, first: int = 0, chances: Tensor | None = None) -> Tensor:
     """For every label another one, each of the others with the same chance: (y + 1 + r mod (K - 1)) mod K; int64 [N].
 
     Args:
         labels: int64 [N] in [0, classes).
         first: the global index of the first of them, so that ranks and parts of a batch draw the same.
+        chances: [N, classes], >= 0: label k ≠ y is drawn with probability chances_k / Σ_{j≠y} chances_j instead.
     """
     drawn = noise.integers(key, tensor_id("wrong labels"), [0], labels.shape, start=first, device=labels.device)[0]
-    return (labels + 1 + drawn % (classes - 1)) % classes
+    if chances is None:
+        return (labels + 1 + drawn % (classes - 1)) % classes
+    # The other labels in turn from y + 1 on, so that no rounding can lead to y.
+    others = (labels[:, None] + 1 + torch.arange(classes - 1, device=labels.device)) % classes
+    bounds = chances.double().gather(1, others).add_(torch.finfo(torch.float64).tiny).cumsum(1)
+    place = (bounds <= (drawn.double() / 2**32)[:, None] * bounds[:, -1:]).sum(1).clamp_max_(classes - 2)
+    return others.gather(1, place[:, None])[:, 0]
 
 
 __all__ = [
