@@ -42,7 +42,7 @@ def attached() -> Callable[[], AbstractContextManager[Any]]:
     return enter
 
 
-def any_labels(labels: Tensor, classes: int, key: Key, *, first: int = 0) -> Tensor:
+def any_labels(labels: Tensor, classes: int, key: Key, *, first: int = 0, chances: Tensor | None = None) -> Tensor:
     """Labels drawn from all classes."""
     return noise.integers(key, 1, [0], labels.shape, start=first)[0] % classes
 
@@ -62,6 +62,12 @@ MUTANTS = [
     Mutant(
         "wrong labels that may be right",
         ForwardForward(),
+        ("wrong_labels_are_never_right",),
+        patched(labelled_step, "wrong_labels", any_labels),
+    ),
+    Mutant(
+        "hard wrong labels that may be right",
+        ForwardForward(negatives="hard"),
         ("wrong_labels_are_never_right",),
         patched(labelled_step, "wrong_labels", any_labels),
     ),
