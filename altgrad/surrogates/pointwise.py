@@ -133,7 +133,8 @@ def emptied(x: Tensor, bound: float) -> Tensor:
 @cache
 def below(value: float, dtype: torch.dtype) -> float:
     """The greatest number of this type that is less than `value` as this type has it."""
-    return torch.nextafter(torch.tensor(value, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)).item()
+    low, here = torch.tensor([-math.inf, value], dtype=dtype, device="cpu")
+    return torch.nextafter(here, low).item()
 
 
 def sign(x: Tensor) -> Tensor:
