@@ -24,7 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def convolutions(input_shape: tuple[int, ...], classes: int, channels: str) -> nn.Module:
-    """The model cnn in channels-last layout, in which a CPU is 1.3 times as fast."""
+    """The model cnn in channels-last layout, which a CPU runs faster."""
     key = Key(torch.initial_seed())  # the run's
     return models.build("cnn", {"channels": channels}, input_shape=input_shape, classes=classes, key=key).to(memory_format=torch.channels_last)
 
