@@ -60,8 +60,9 @@ def problem_factory(name: str | None, pairs: tuple[str, ...]) -> Callable[[], An
 
 @click.command(cls=Command)
 @click.argument("model", metavar="MODEL", required=False)
-@click.option("--model-setting", multiple=True, metavar="NAME=VALUE", help="A setting of one of altgrad's own models; repeatable.")
+@click.option("--model-setting", multiple=True, metavar="NAME=VALUE", help="A setting of the model; repeatable.")
 @click.option("--input-shape", metavar="N,N,…", help="One example's shape, for instance 1,28,28. [default: the model's own example_inputs]")
+@click.option("--classes", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Outputs, for a model that takes their number.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=4, show_default=True, metavar="N", help="Examples to look at.")
 @click.option("--eval", "evaluating", is_flag=True, help="Put the model into evaluation mode first.")
 @click.option("--precision", type=click.Choice(["float64", "float32"]), default="float64", show_default=True, help="What to compute in.")
@@ -75,6 +76,7 @@ def doctor(
     model: str | None,
     model_setting: tuple[str, ...],
     input_shape: str | None,
+    classes: int,
     batch_size: int,
     evaluating: bool,
     precision: str,
@@ -85,8 +87,8 @@ def doctor(
 ) -> None:
     """Which engines can drive MODEL, and what is in the way.
 
-    MODEL is package.module:callable, or one of `altgrad models`. Leaves with 1 where forward mode does not get through or disagrees with backprop.
-    With --at every engine is also tried as the rest of that mix.
+    MODEL is package.module:callable, given input_shape and classes if it takes them, or one of `altgrad models`. Leaves with 1 where forward mode
+    does not get through or disagrees with backprop. With --at every engine is also tried as the rest of that mix.
     """
     if (model is None) != probes:
         raise click.UsageError("give a MODEL (package.module:callable, or a name of `altgrad models`), or --probes.")
@@ -102,7 +104,7 @@ def doctor(
     else:
         from altgrad import doctor as examining
 
-        loaded, inputs = subject(model, model_setting, input_shape, batch_size)
+        loaded, inputs = subject(model, model_setting, input_shape, classes, batch_size)
         if quantize:
             from altgrad import registry
             from altgrad.quantisation import Quantisation
@@ -117,19 +119,17 @@ def doctor(
     context.exit(0 if sound else 1)
 
 
-def subject(model: str, pairs: tuple[str, ...], shape: str | None, batch: int) -> tuple[Any, Any]:
+def subject(model: str, pairs: tuple[str, ...], shape: str | None, classes: int, batch: int) -> tuple[Any, Any]:
     """The model to examine, and inputs to do it on."""
     from altgrad import doctor as examining
     from altgrad import models, registry
     from altgrad.rng import Key
 
-    if ":" in model:
-        if pairs:
-            raise UsageError(f"--model-setting is for altgrad's own models; {model!r} is called without arguments.")
-        loaded = examining.load_model(model)
-        return loaded, examining.example_inputs(loaded, model, shape=shape, batch=batch)
-    inputs = examining.example_inputs(None, shape=shape or OWN_SHAPE, batch=batch)  # type: ignore[arg-type]
-    return models.build(model, registry.split_pairs(pairs), input_shape=inputs.shape[1:], classes=10, key=Key(0)), inputs
+    given = shape if ":" in model else shape or OWN_SHAPE
+    inputs = None if given is None else examining.example_inputs(None, shape=given, batch=batch)  # type: ignore[arg-type]
+    size = None if inputs is None else inputs.shape[1:]
+    loaded = models.build(model, registry.split_pairs(pairs), input_shape=size, classes=classes, key=Key(0))
+    return loaded, examining.example_inputs(loaded, model) if inputs is None else inputs
 
 
 def examined_probes(precision: str) -> list[dict[str, Any]]:

@@ -141,7 +141,7 @@ def percent(share: float | None) -> str:
 def tested(found: Mapping[str, Any]) -> list[str]:
     """Held-out figures as words: test accuracy 96.39 %, test loss 0.12, and whatever else the problem measures."""
     names = sorted((name for name in found if name.startswith("test_")), key=lambda name: {"test_accuracy": 0, "test_loss": 1}.get(name, 2))
-    return [f"{name.replace('_', ' ')} {percent(found[name]) if name == 'test_accuracy' else format(found[name], '.4g')}" for name in names]
+    return [f"{name.replace('_', ' ')} {percent(found[name]) if name.startswith('test_accuracy') else format(found[name], '.4g')}" for name in names]
 
 
 def figures(result: Mapping[str, Any]) -> str:

@@ -137,25 +137,6 @@ def examine_probes(probes: Iterable[Probe] = PROBES, *, precision: str = "float6
     return rows
 
 
-def load_model(target: str) -> nn.Module:
-    """The model behind "package.module:name": an nn.Module, or a callable without arguments that makes one.
-
-    Raises:
-        UsageError: no such name, or it is or makes something else.
-    """
-    found = registry.locate(target, "model")
-    if not isinstance(found, nn.Module):
-        if not callable(found):
-            raise UsageError(f"model {target!r} is {type(found).__name__}; it must be an nn.Module, or a callable without arguments that returns one.")
-        try:
-            found = found()
-        except TypeError as error:
-            raise UsageError(f"model {target!r} could not be called without arguments ({first_line(error)}); name a function that takes none.") from error
-    if not isinstance(found, nn.Module):
-        raise UsageError(f"model {target!r} returned {type(found).__name__}; it must return an nn.Module.")
-    return found
-
-
 def example_inputs(model: nn.Module, target: str = "", *, shape: str | None = None, batch: int = 4, seed: int = 0) -> Any:
     """Inputs to examine `model` on: normal ones of `shape` ("1,28,28", without the batch axis), or its own `example_inputs`.
 
@@ -183,4 +164,4 @@ def example_inputs(model: nn.Module, target: str = "", *, shape: str | None = No
     return found() if callable(found) and not isinstance(found, Tensor) else found
 
 
-__all__ = ["Fit", "Report", "Row", "examine", "examine_probes", "example_inputs", "load_model"]
+__all__ = ["Fit", "Report", "Row", "examine", "examine_probes", "example_inputs"]

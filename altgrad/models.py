@@ -13,7 +13,7 @@ from altgrad import registry, rng
 from altgrad.binary import BinaryMLP
 from altgrad.errors import SettingError, UsageError, near_miss
 from altgrad.implicit.networks import ConvergentGraph, DeepEquilibrium
-from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Shape, Transformer, Window
+from altgrad.networks import CNN, GRU, LSTM, MLP, Positions, ResNet, Transformer, Window
 from altgrad.rng import Key
 from altgrad.spiking import Spiking
 
@@ -31,27 +31,31 @@ TABLE: dict[str, Any] = {
     "graph-solver": ConvergentGraph,
 }
 
+OPEN = {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
-def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: Iterable[int], classes: int, key: Key) -> nn.Module:
+
+def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: Iterable[int] | None, classes: int, key: Key) -> nn.Module:
     """The model `name` with `settings`, its first weights a function of `key`.
 
     Args:
         name: one of TABLE, or "package.module:callable". A callable is given input_shape and classes if it takes them, and `settings`;
             an nn.Module is taken as it is.
         settings: values, or strings to be parsed.
-        input_shape: of one example, without the batch axis.
+        input_shape: of one example, without the batch axis; None where it is not known, for a callable that does not take it.
         classes: number of outputs.
         key: the address of the first weights.
 
     Raises:
-        UsageError: no such model, a callable that gives no nn.Module, or an input that the model cannot read.
+        UsageError: no such model, a callable that gives no nn.Module or takes what nobody gives it, or an input that the model cannot read.
         SettingError: no such setting, or out of its range.
     """
-    shape, settings = tuple(int(length) for length in input_shape), settings or {}
+    shape, settings = None if input_shape is None else tuple(int(length) for length in input_shape), settings or {}
     if ":" in name:
-        return foreign(name, settings, shape, classes, key)
+        return foreign(name, settings, {"classes": classes} if shape is None else {"input_shape": shape, "classes": classes}, key)
     if name not in TABLE:
         raise UsageError(near_miss("model", name, TABLE) + " Or give package.module:callable.")
+    if shape is None:
+        raise UsageError(f"model {name} is made for an input's shape; give input_shape, for instance (1, 28, 28).")
     chosen = registry.build(TABLE[name], settings, f"model {name}")
     with torch.random.fork_rng(devices=[]):  # PyTorch's constructors draw from the global generator: what they draw is overwritten
         model = chosen.build(shape, classes)
@@ -59,14 +63,13 @@ def build(name: str, settings: Mapping[str, Any] | None = None, *, input_shape: 
     return model
 
 
-def foreign(name: str, settings: Mapping[str, Any], input_shape: Shape, classes: int, key: Key) -> nn.Module:
-    """The user's own model: called with the generator seeded from `key`, and the generator put back afterwards."""
+def foreign(name: str, settings: Mapping[str, Any], offered: Mapping[str, Any], key: Key) -> nn.Module:
+    """The user's own model: called with what it takes of `offered`, the generator seeded from `key` and put back afterwards."""
     found = registry.locate(name, "model")
     if isinstance(found, nn.Module):
         return found
     if not callable(found):
         raise UsageError(f"model {name!r} is a {type(found).__name__}; it must be an nn.Module or a callable that returns one.")
-    offered = {"input_shape": input_shape, "classes": classes}
     try:
         taken = inspect.signature(found).parameters
     except (TypeError, ValueError):  # builtins have no signature
@@ -74,10 +77,15 @@ def foreign(name: str, settings: Mapping[str, Any], input_shape: Shape, classes:
     for label in settings:
         if label not in taken:
             raise SettingError(f"model {name}: " + near_miss("setting", label, set(taken) - set(offered)))
+    for label, parameter in taken.items():
+        needed = parameter.default is parameter.empty and parameter.kind not in OPEN
+        if needed and label not in settings and label not in offered:
+            remedy = "--input-shape, for instance 1,28,28" if label == "input_shape" else f"it a default, or --model-setting {label}=VALUE"
+            raise UsageError(f"model {name!r} takes {label!r}, which has no value; give {remedy}.")
     values = {label: number(value) if isinstance(value, str) else value for label, value in settings.items()}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key.fold("model").seed)
-        model = found(**{label: value for label, value in offered.items() if label in taken}, **values)
+        model = found(**{label: value for label, value in offered.items() if label in taken} | values)
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {name!r} returned a {type(model).__name__}; it must return an nn.Module.")
     return model

@@ -146,6 +146,16 @@ def test_doctor_asks_for_inputs_it_cannot_guess(monkeypatch):
     assert "--input-shape" in done.stderr
 
 
+def test_doctor_gives_a_callable_the_shape_and_the_classes_that_it_takes(monkeypatch):
+    Path("shapedmodel.py").write_text("from torch import nn\ndef model(input_shape, classes, width): return nn.Linear(*input_shape, width * classes)\n")
+    monkeypatch.syspath_prepend(".")
+    done = invoke("doctor", "shapedmodel:model", "--input-shape", "4", "--classes", "3", "--model-setting", "width=2", "--json")
+    assert done.exit_code == 0, done.stderr
+    done = invoke("doctor", "shapedmodel:model")
+    assert done.exit_code == 2
+    assert "--input-shape" in done.stderr
+
+
 def test_probes_are_counted(monkeypatch):
     row = {"name": "Linear", "driven": True, "agrees": False, "error": 1.0, "rung": "rule", "functions": []}
     monkeypatch.setattr("altgrad.doctor.examine_probes", lambda probes, precision: [row])

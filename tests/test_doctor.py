@@ -185,24 +185,8 @@ def test_a_report_is_plain_json():
 @pytest.fixture
 def module_with_models(monkeypatch):
     module = types.ModuleType("models_for_the_doctor")
-    module.ready = nn.Linear(3, 2)
-    module.make = lambda: nn.Linear(3, 2)
-    module.needs_width = lambda width: nn.Linear(width, 2)
-    module.number = 3
-    module.makes_number = lambda: 3
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module
-
-
-@pytest.mark.parametrize("name", ["ready", "make"])
-def test_models_load_from_modules_and_callables(module_with_models, name):
-    assert isinstance(doctor.load_model(f"models_for_the_doctor:{name}"), nn.Linear)
-
-
-@pytest.mark.parametrize("name", ["needs_width", "number", "makes_number", "maek"])
-def test_what_is_no_model_is_a_usage_error(module_with_models, name):
-    with pytest.raises(UsageError, match="models_for_the_doctor"):
-        doctor.load_model(f"models_for_the_doctor:{name}")
 
 
 def test_inputs_come_from_a_shape_the_model_or_its_module(module_with_models):

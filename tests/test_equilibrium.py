@@ -262,6 +262,20 @@ def test_dropout_and_batch_norm_see_what_backprop_sees():
     assert int(found.buffers["2.num_batches_tracked"]) == 1
 
 
+class Attending(nn.Module):
+    """softmax(h hᵀ / √d) h over four tokens of each example, by PyTorch's fused kernel where there is one."""
+
+    def forward(self, x):
+        h = x.reshape(len(x), 1, 4, -1)
+        return F.scaled_dot_product_attention(h, h, h).flatten(1)
+
+
+def test_attention_which_fused_has_no_second_derivative_is_driven():
+    problem, batch = chain()
+    attending = Supervised(nn.Sequential(*problem.model[:2], nn.Linear(30, 32), Attending(), nn.Linear(32, 10)).double(), F.cross_entropy)
+    assert error(look(Equilibrium(beta=0.01), attending, batch).grads, reference(attending, batch)) < 1e-4
+
+
 @pytest.mark.parametrize("noise", [0.0, 0.01])
 def test_two_ranks_average_to_the_whole_batch(noise):
     problem, batch = recurrent()

@@ -31,6 +31,7 @@ def user_module(monkeypatch):
     """A module of the user's with a model that takes classes, one that takes nothing, and something that is no model."""
     module = types.ModuleType("someones_models")
     module.shaped = lambda input_shape, classes, width=4: nn.Sequential(nn.Linear(input_shape[0], width), nn.Linear(width, classes))
+    module.deep = lambda depth: nn.Linear(depth, 2)
     module.plain = lambda: nn.Linear(64, 10)
     module.ready = nn.Linear(2, 2)
     module.number = 3
@@ -185,6 +186,25 @@ def test_a_users_callable_gets_shape_classes_and_settings():
 @pytest.mark.usefixtures("user_module")
 def test_a_users_callable_may_take_nothing():
     assert make("someones_models:plain").out_features == 10
+
+
+@pytest.mark.usefixtures("user_module")
+@pytest.mark.parametrize(
+    ("attribute", "remedy"), [("shaped", "'input_shape', which has no value; give --input-shape"), ("deep", "--model-setting depth=VALUE")]
+)
+def test_what_a_users_callable_takes_and_nobody_gives_is_named(attribute, remedy):
+    with pytest.raises(UsageError, match=remedy):
+        models.build(f"someones_models:{attribute}", input_shape=None, classes=10, key=Key(0))
+
+
+@pytest.mark.usefixtures("user_module")
+def test_a_setting_comes_before_what_is_offered():
+    assert make("someones_models:shaped", {"width": 6, "classes": 3})[-1].out_features == 3
+
+
+def test_altgrads_own_models_want_a_shape():
+    with pytest.raises(UsageError, match="give input_shape"):
+        models.build("mlp", input_shape=None, classes=10, key=Key(0))
 
 
 @pytest.mark.usefixtures("user_module")

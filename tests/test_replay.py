@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import tolerance
 
 from altgrad.errors import CapabilityError, NumericsError, SettingError, ShapeError
 from altgrad.hyper import Descent, descent, replay
@@ -166,6 +167,21 @@ def test_meta_that_no_step_uses_gets_no_gradient_and_integers_pass_through():
 
 
 # What is refused
+
+
+def test_a_loss_with_attention_which_fused_has_no_second_derivative_is_followed():
+    def attending(weights, t, meta):
+        h = meta * weights["w"].view(1, 1, 3, 4)
+        return F.scaled_dot_product_attention(h, h, h).square().sum()
+
+    def moved(meta):
+        step = Descent(attending)
+        return step.weights(step(step.start({"w": torch.linspace(0.1, 1, 12, **KIND)}), 0, meta))["w"].sum()
+
+    meta = torch.tensor(0.7, requires_grad=True, **KIND)
+    (found,) = torch.autograd.grad(moved(meta), meta)
+    shifted = [moved(meta.detach() + shift).detach() for shift in (1e-4, -1e-4)]
+    assert float(found) == pytest.approx(float(shifted[0] - shifted[1]) / 2e-4, rel=tolerance("oracle64"))
 
 
 def test_a_tensor_that_a_step_closes_over_is_refused():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from altgrad.alignment import products
+from altgrad.attention import unfused
 from altgrad.engine import Needs, Tree
 from altgrad.equilibrium.energies import EnergyOf
 from altgrad.equilibrium.fields import Field, Step, settling_field
@@ -31,7 +32,7 @@ def downwards(energy: EnergyOf) -> Step:
     """s ↦ s - ∂E/∂s, differentiable."""
 
     def step(params: Tree, state: State, inputs: object) -> State:
-        with torch.enable_grad():
+        with torch.enable_grad(), unfused():
             leaves = tuple(leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in state)
             slopes = torch.autograd.grad(energy(params, leaves, inputs).sum(), leaves, create_graph=True)
             return tuple(leaf - slope for leaf, slope in zip(leaves, slopes, strict=True))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from altgrad.attention import unfused
 from altgrad.blocks import Block
 from altgrad.engine import Tree
 from altgrad.equilibrium.nudges import Nudge
@@ -174,7 +175,7 @@ def settling_field(
         free = relax(lambda state: free_sweep(params, state, given), start, **relaxing)
     leaves = {name: value.detach().requires_grad_() for name, value in params.items()}
     point = tuple(leaf.detach().requires_grad_() for leaf in free.state)
-    with torch.enable_grad():
+    with torch.enable_grad(), unfused():
         image = (drive or step)(leaves, point, inputs)
     wide: list[tuple[Tree, Any]] = []
 
@@ -202,7 +203,7 @@ def chain_field(blocks: Sequence[Block], params: Tree, inputs: Any, buffers: Cal
     image: list[Tensor] = []
     starts: list[int] = []  # how many draws the blocks before have made
     carried = inputs
-    with torch.enable_grad(), sampling() as sampler:
+    with torch.enable_grad(), unfused(), sampling() as sampler:
         for block in blocks:
             starts.append(sampler.calls)
             found = block.apply(leaves, carried, written)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from altgrad.attention import unfused
 from altgrad.forward_mode.dual import Dual, Trace, label
 from altgrad.samplers import replaying
 
@@ -50,7 +50,7 @@ class Call:
         for slot, value in zip(self.slots, values, strict=True):
             leaves[slot] = value
         args, kwargs = tree_unflatten(leaves, self.spec)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused attention kernels have no forward formula
+        with unfused():
             out, spec = tree_flatten(self.func(*args, **kwargs))
         self.result = (out, spec)
         moving = tuple(leaf for leaf in out if differentiable(leaf))

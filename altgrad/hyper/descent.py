@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from altgrad import optimizers
+from altgrad.attention import unfused
 from altgrad.engine import Tree
 from altgrad.errors import CapabilityError, ShapeError, require
 
@@ -58,7 +59,7 @@ class Descent:
         return {name.removeprefix(f"{WEIGHTS}/"): value for name, value in state.items() if name.startswith(f"{WEIGHTS}/")}
 
     def __call__(self, state: Tree, t: int, meta: Any) -> Tree:
-        with torch.enable_grad():
+        with torch.enable_grad(), unfused():
             weights = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in self.weights(state).items()}
             value = self.loss(weights, t, meta)
             if not isinstance(value, Tensor) or value.ndim:
