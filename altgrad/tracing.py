@@ -1,6 +1,8 @@
 """A model's forward as a graph (torch.fx), in pieces between the points where exactly one value is alive."""
 
-from collections.abc import Mapping, Sequence
+import builtins
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,6 +36,21 @@ class Follower(fx.Tracer):
         node = super().create_node(*args, **kwargs)
         node.meta["module"] = self.inside[-1]
         return node
+
+
+@contextmanager
+def lengths_followed() -> Iterator[None]:
+    """Within it `len` of a traced value is a step of the graph; Python itself insists on an int. All other things have the length they have."""
+    length = builtins.len
+
+    def followed(thing: Any) -> Any:
+        return thing.tracer.create_proxy("call_function", length, (thing,), {}) if isinstance(thing, fx.Proxy) else length(thing)
+
+    builtins.len = followed
+    try:
+        yield
+    finally:
+        builtins.len = length
 
 
 class Traced:
@@ -107,7 +124,7 @@ def trace(model: nn.Module) -> Traced | str:
     """The model's graph in its present mode; or why there is none."""
     own = set(vars(model))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), lengths_followed():
             graph = Follower().trace(model)
     except Exception as error:  # whatever the model's own code makes of a proxy
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"

@@ -1,5 +1,7 @@
 """Models cut into blocks: where, that the chain is the model, and what is said where it cannot be cut."""
 
+import builtins
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -128,6 +130,25 @@ def test_a_module_that_cannot_be_traced_is_one_piece_of_a_model_that_can():
             return self.outer(torch.relu(self.inner(x)))
 
     assert names(Around()) == ["inner", "outer"]
+
+
+def test_a_length_is_taken_anew_of_every_batch():
+    class Reshaping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 3), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.b(torch.tanh(self.a(x.view(len(x), 2, 2))).reshape(len(x), -1))
+
+    model = Reshaping()
+    before = builtins.len
+    blocks = cut_model(model)
+    assert [block.name for block in blocks] == ["a", "b"]
+    assert builtins.len is before
+    for count in (5, 2):
+        x = torch.randn(count, 4)
+        assert torch.equal(chained(blocks, own(model), x, {}), model(x))
 
 
 def test_parameters_used_outside_modules_make_blocks_too():

@@ -295,6 +295,13 @@ def test_a_learner_measures_shapes_on_its_example():
     assert learner.aux["local.projection.0"].grad is not None
 
 
+def test_a_model_that_reshapes_its_inputs_before_a_linear_layer_asks_for_an_example():
+    model = nn.Sequential(nn.Unflatten(1, (4, 2)), nn.Linear(2, 6), nn.Flatten(), nn.Linear(24, 3))
+    with pytest.raises(CapabilityError, match=r"does not take zeros of .* example=x"):
+        Learner(model, F.cross_entropy, engine="mono-forward")
+    assert Learner(model, F.cross_entropy, engine="mono-forward", example=torch.zeros(2, 8)).aux["local.projection.1"].shape == (3, 24)
+
+
 def test_ranks_that_divide_the_batch_average_to_it():
     bench = Bench(MonoForward(), mlp(5, 7, 6, 3, dropout=0.5))
     whole, inputs, labels = bench.look(), *bench.batch[:2]

@@ -102,7 +102,7 @@ class Supervised(Problem):
         return with_marks(self.model, x, y if y.ndim > 1 else marks_of(y, self.classes or 0, first_tensor(x)))
 
     def example(self) -> Any:
-        """Of the data, else `example_inputs`, else the model's own `example_inputs`, else zeros where the model begins with a linear layer."""
+        """Of the data, else `example_inputs`, else the model's own `example_inputs`, else zeros where the model begins with a linear layer and takes them."""
         if self.dataset is not None or type(self).batch is not Supervised.batch:
             return self.batch(0, World()).inputs
         found = getattr(self.model, "example_inputs", None) if self.example_inputs is None else self.example_inputs
@@ -111,11 +111,19 @@ class Supervised(Problem):
         if found is not None:
             return found
         layer = next((module for module in self.model.modules() if next(module.parameters(recurse=False), None) is not None), None)
+        refused = ""
         if isinstance(layer, nn.Linear) and not joins_labels(self.model):  # which may widen the inputs
-            return layer.weight.new_zeros(2, layer.in_features)
+            zeros = layer.weight.new_zeros(2, layer.in_features)
+            try:
+                with torch.no_grad(), AddressedSamplers(self.key.fold("check"), examples=2):
+                    self.forward(self.params(), zeros, self.fresh_buffers())
+                return zeros
+            except Exception as error:  # whatever the model's own code makes of them
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                refused = f" (it does not take zeros of {shapes_of(zeros)}: {reason})"
         raise CapabilityError(
-            f"the shapes inside {type(self.model).__name__} must be known before the first batch: hand in some inputs, Learner(..., example=x[:2]), or "
-            "give the model an attribute `example_inputs`."
+            f"the shapes inside {type(self.model).__name__} must be known before the first batch{refused}: hand in some inputs, Learner(..., example=x[:2]), "
+            "or give the model an attribute `example_inputs`."
         )
 
     def forward(self, params: Tree, inputs: Any, buffers: Tree) -> Any:
