@@ -75,13 +75,14 @@ class Chain(nn.Module):
         return input
 
 
-def cut_model(model: nn.Module, cut: str = "") -> list[Block]:
+def cut_model(model: nn.Module, cut: str = "", *, inputs: Any = None) -> list[Block]:
     """The blocks of `model` in its present mode.
 
     Args:
         model: any nn.Module.
         cut: names of modules, separated by commas: a block starts at each of them and nowhere else. Where torch.fx cannot follow the model, they
             are taken for the whole of it, one after another (`replay` finds out whether they are).
+        inputs: such as the model is called with, or None for one argument: other arguments keep their defaults.
 
     Raises:
         CapabilityError: the model cannot be cut, or not there; says why.
@@ -96,7 +97,7 @@ def cut_model(model: nn.Module, cut: str = "") -> list[Block]:
         pieces = [Piece(name, (name,), tuple(layer.parameters())) for name, layer in layers]
         return [made(model, label, Chain(layer for _, layer in layers[part])) for label, part in grouped(pieces, wanted)]
     with torch.random.fork_rng(devices=[]):  # a forward that draws draws while it is traced
-        traced = trace(model)
+        traced = trace(model, inputs)
     if isinstance(traced, Traced):
         pieces = [Piece(common(names), names, tensors) for names, tensors in traced.pieces()]
         return [made(model, label, traced.module(part)) for label, part in grouped(pieces, wanted)]
@@ -205,7 +206,7 @@ def replay(model: nn.Module, blocks: Sequence[Block], whole: Callable[[], Any], 
     expected, problem = whole(), ""
     try:
         same = alike(expected, chain())
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, AssertionError) as error:
         same, problem = False, f" ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     if same:
         return

@@ -1,6 +1,8 @@
 """A model's forward as a graph (torch.fx), in pieces between the points where exactly one value is alive."""
 
 import builtins
+import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -120,12 +122,21 @@ def attribute(model: nn.Module, target: str) -> Any:
     return found
 
 
-def trace(model: nn.Module) -> Traced | str:
-    """The model's graph in its present mode; or why there is none."""
+def left_out(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """The defaults of the forward's arguments that a call with `inputs` (a tuple, a dict, anything else as one argument) does not give."""
+    signature = inspect.signature(model.forward)
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
+    given = signature.bind_partial(*args, **kwargs).arguments
+    return {name: one.default for name, one in signature.parameters.items() if one.default is not one.empty and name not in given}
+
+
+def trace(model: nn.Module, inputs: Any = None) -> Traced | str:
+    """The model's graph in its present mode, for calls that give the arguments that `inputs` gives; or why there is none."""
     own = set(vars(model))
     try:
-        with torch.no_grad(), lengths_followed():
-            graph = Follower().trace(model)
+        with torch.no_grad(), lengths_followed(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # a default that is neither None nor a number
+            graph = Follower().trace(model, left_out(model, inputs))
     except Exception as error:  # whatever the model's own code makes of a proxy
         return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
     finally:

@@ -1,6 +1,7 @@
 """Models cut into blocks: where, that the chain is the model, and what is said where it cannot be cut."""
 
 import builtins
+import warnings
 
 import pytest
 import torch
@@ -149,6 +150,38 @@ def test_a_length_is_taken_anew_of_every_batch():
     for count in (5, 2):
         x = torch.randn(count, 4)
         assert torch.equal(chained(blocks, own(model), x, {}), model(x))
+
+
+class Optional(nn.Module):
+    """An argument that may be left out, and a switch."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x, scale=None, double=False, kind="plain"):
+        h = torch.tanh(self.a(x))
+        h = h if scale is None else h * scale
+        return self.b(2 * h if double or kind == "odd" else h)
+
+
+@pytest.mark.parametrize("given", ["x", "x and scale", "by name"])
+def test_arguments_that_are_not_given_keep_their_defaults(given):
+    model, x, scale = Optional(), torch.randn(4, 3), torch.randn(4, 1)
+    inputs = {"x": x, "x and scale": (x, scale), "by name": {"x": x, "scale": scale}}[given]
+    expected = model(x) if given == "x" else model(x, scale)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        blocks = cut_model(model, inputs=inputs)
+    assert [block.name for block in blocks] == ["a", "b"]
+    assert torch.equal(chained(blocks, own(model), inputs, {}), expected)
+
+
+def test_an_argument_that_was_left_out_when_the_model_was_cut_is_refused_later():
+    model, x = Optional(), torch.randn(4, 3)
+    blocks = cut_model(model, inputs=x)
+    with pytest.raises(CapabilityError, match="scale has been specialized to have value None"):
+        replay(model, blocks, lambda: model(x, x), lambda: chained(blocks, own(model), (x, x), {}))
 
 
 def test_parameters_used_outside_modules_make_blocks_too():

@@ -89,7 +89,7 @@ class Supervised(Problem):
         return Batch(self.dataset.train_inputs[index], self.dataset.train_targets[index], share.start, index)
 
     def blocks(self, cut: str = "") -> list[Block]:
-        return self.recall(("blocks", cut, self.model.training), lambda: cut_model(self.model, cut))
+        return self.recall(("blocks", cut, self.model.training), lambda: cut_model(self.model, cut, inputs=self.known_example()))
 
     def with_label(self, x: Any, y: Tensor) -> Any:
         """`x` with marks [N, classes], or labels [N] where the classes are known: over its first numbers, or by the model's LabelInput.
@@ -101,13 +101,16 @@ class Supervised(Problem):
             raise DataError("the number of classes is not known without a data set; hand in marks [N, classes].")
         return with_marks(self.model, x, y if y.ndim > 1 else marks_of(y, self.classes or 0, first_tensor(x)))
 
-    def example(self) -> Any:
-        """Of the data, else `example_inputs`, else the model's own `example_inputs`, else zeros where the model begins with a linear layer and takes them."""
+    def known_example(self) -> Any:
+        """Inputs of the data, else `example_inputs`, else the model's own `example_inputs`, else None."""
         if self.dataset is not None or type(self).batch is not Supervised.batch:
             return self.batch(0, World()).inputs
         found = getattr(self.model, "example_inputs", None) if self.example_inputs is None else self.example_inputs
-        if callable(found) and not isinstance(found, Tensor):
-            found = found()
+        return found() if callable(found) and not isinstance(found, Tensor) else found
+
+    def example(self) -> Any:
+        """What is known, or zeros where the model begins with a linear layer and takes them."""
+        found = self.known_example()
         if found is not None:
             return found
         layer = next((module for module in self.model.modules() if next(module.parameters(recurse=False), None) is not None), None)
