@@ -34,10 +34,11 @@ def correlation(
     w: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, axes: int, *, output_padding: Any = 0, transposed: bool = False
 ) -> Callable[[Tensor, Tensor], list[Tensor | None]]:
     """Of a convolution, or of a transposed one, over `axes` axes."""
+    shape = tuple(w.shape)  # all that ∂W takes of it; a quantised weight may belong to a vmap that is over by then
 
     def gradients(inputs: Tensor, delta: Tensor) -> list[Tensor | None]:
         _, grad, bias = torch.ops.aten.convolution_backward(
-            delta, inputs.to(delta.dtype), w.to(delta.dtype), [delta.shape[1]], tuple_of(stride, axes), tuple_of(padding, axes), tuple_of(dilation, axes),
+            delta, inputs.to(delta.dtype), delta.new_empty(shape), [delta.shape[1]], tuple_of(stride, axes), tuple_of(padding, axes), tuple_of(dilation, axes),
             transposed, tuple_of(output_padding, axes), groups, [False, True, True],
         )  # fmt: skip
         return [grad, bias]

@@ -280,6 +280,18 @@ def test_two_steps_under_every_engine(name, settings, weights, activations):
     assert all(bool((value != before[key]).any()) for key, value in model.named_parameters() if key.endswith(("original", "8.weight", "step")))
 
 
+@pytest.mark.parametrize(("name", "settings"), ENGINES, ids=[name for name, _ in ENGINES])
+@pytest.mark.parametrize("middle", [nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 4, 3, padding=1)], ids=["depthwise", "whole"])
+def test_quantised_convolutions_learn_under_every_engine(name, settings, middle):
+    model = nn.Sequential(nn.Unflatten(1, (1, 2, 4)), nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), copy.deepcopy(middle), nn.Flatten(), nn.Linear(32, 3))
+    altgrad.quantize(model, weights="sign:reste", activations="sign:bireal")
+    x, y = torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), torch.arange(16) % 3
+    found = altgrad.Learner(model, F.cross_entropy, engine=name, **settings).backward(x, y)
+    grads = {key: value.grad for key, value in model.named_parameters() if value.ndim > 1}
+    assert torch.isfinite(found.loss)
+    assert all(grad is not None and torch.isfinite(grad).all() and bool(grad.any()) for grad in grads.values())
+
+
 def test_another_surrogate_from_outside_reaches_the_quantisers_of_its_operation():
     problem, batch = bench(quantized(weights="sign:clipped", activations="sign:clipped"))
     other, _ = bench(quantized(weights="sign:erf", activations="sign:erf"))
