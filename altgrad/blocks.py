@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
+from altgrad.calling import called
 from altgrad.engine import Tree
 from altgrad.errors import CapabilityError, near_miss
 from altgrad.tracing import Traced, trace
@@ -48,10 +48,9 @@ class Block:
             inputs: of the first block what the model takes (a tensor, a tuple or a dict); of the others the output of the one before.
             buffers: as params; they may be written in place, so hand in clones.
         """
-        given = {own: params[name] if name in params else buffers[name] for own, name in self.names.items() if name in params or name in buffers}
-        if isinstance(inputs, dict):
-            return functional_call(self.module, given, (), inputs, tie_weights=False)
-        return functional_call(self.module, given, inputs if isinstance(inputs, tuple) else (inputs,), tie_weights=False)
+        given = {own: params[name] for own, name in self.names.items() if name in params}
+        spare = {own: buffers[name] for own, name in self.names.items() if name in buffers and name not in params}
+        return called(self.module, given, spare, inputs, tie_weights=False)
 
 
 class Piece(NamedTuple):

@@ -14,6 +14,8 @@ from torch import Tensor, fx, nn
 class Follower(fx.Tracer):
     """Traces through the user's modules; one that cannot be traced (its flow depends on the data) is a single step."""
 
+    proxy_buffer_attributes = True  # a buffer that is written in place would be written by the trace itself, once and for all
+
     def __init__(self) -> None:
         super().__init__()
         self.inside: list[str] = [""]
@@ -53,6 +55,22 @@ def lengths_followed() -> Iterator[None]:
         yield
     finally:
         builtins.len = length
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """What a forward assigns (self.mean = …, self.seen = x) is a stand-in of the tracer's: it is taken off the modules again."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for name in [name for name, value in vars(module).items() if isinstance(value, fx.Proxy)]:
+                vars(module).pop(name)
+                if name in attributes:
+                    vars(module)[name] = attributes[name]
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 class Traced:
@@ -122,6 +140,18 @@ def attribute(model: nn.Module, target: str) -> Any:
     return found
 
 
+def write_buffers(model: nn.Module, graph: fx.Graph) -> None:
+    """Have the graph write into the buffers what the traced forward has put in their place."""
+    for prefix, module in model.named_modules():
+        for name, found in module._buffers.items():
+            target = f"{prefix}.{name}" if prefix else name
+            if isinstance(found, fx.Proxy) and found.node.target != target:
+                with graph.inserting_after(found.node):
+                    buffer = graph.get_attr(target)
+                with graph.inserting_after(buffer):
+                    graph.call_method("copy_", (buffer, found.node)).meta = dict(found.node.meta)
+
+
 def left_out(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """The defaults of the forward's arguments that a call with `inputs` (a tuple, a dict, anything else as one argument) does not give."""
     signature = inspect.signature(model.forward)
@@ -130,18 +160,40 @@ def left_out(model: nn.Module, inputs: Any) -> dict[str, Any]:
     return {name: one.default for name, one in signature.parameters.items() if one.default is not one.empty and name not in given}
 
 
+def followed(model: nn.Module, fixed: Mapping[str, Any]) -> fx.Graph:
+    """The graph of the forward with the arguments `fixed` at these values, of which it no longer speaks."""
+    graph = Follower().trace(model, dict(fixed))
+    write_buffers(model, graph)
+    for node in [node for node in graph.nodes if node.op == "placeholder" and str(node.target).rpartition("_")[0] in fixed]:  # fx numbers them
+        erase(graph, node)
+    return graph
+
+
+def erase(graph: fx.Graph, node: fx.Node) -> None:
+    """A node and what uses it: the checks of a fixed argument."""
+    for user in list(node.users):
+        erase(graph, user)
+    graph.erase_node(node)
+
+
 def trace(model: nn.Module, inputs: Any = None) -> Traced | str:
-    """The model's graph in its present mode, for calls that give the arguments that `inputs` gives; or why there is none."""
-    own = set(vars(model))
-    try:
-        with torch.no_grad(), lengths_followed(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # a default that is neither None nor a number
-            graph = Follower().trace(model, left_out(model, inputs))
-    except Exception as error:  # whatever the model's own code makes of a proxy
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
-    finally:
-        constants = {name: vars(model).pop(name) for name in set(vars(model)) - own}  # the tracer keeps tensors that a forward makes on the model
-    return Traced(model, graph, constants)
+    """The model's graph in its present mode, for calls that give the arguments that `inputs` gives; or why there is none.
+
+    An argument that is not given and is None by default stays None, since a stand-in for it would not be; others stay open where the forward lets them.
+    """
+    own, reason = set(vars(model)), ""
+    for settled in (lambda value: value is None, lambda value: True):
+        try:
+            with torch.no_grad(), lengths_followed(), left_alone(model), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Was not able to add assertion")  # a default that is neither None nor a number
+                graph = followed(model, {name: value for name, value in left_out(model, inputs).items() if settled(value)})
+        except Exception as error:  # whatever the model's own code makes of a proxy
+            reason = reason or f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0].rstrip('.')}"
+            continue
+        finally:
+            constants = {name: vars(model).pop(name) for name in set(vars(model)) - own}  # the tracer keeps tensors that a forward makes on the model
+        return Traced(model, graph, constants)
+    return reason
 
 
 __all__ = ["Traced", "trace"]

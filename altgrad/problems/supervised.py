@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from altgrad.blocks import Block, cut_model
+from altgrad.calling import called
 from altgrad.credit import Influence, mapped
 from altgrad.credit import check as check_influence
 from altgrad.engine import Tree
@@ -131,10 +132,7 @@ class Supervised(Problem):
 
     def forward(self, params: Tree, inputs: Any, buffers: Tree) -> Any:
         own = self.params()
-        values = {**{name: value for name, value in params.items() if name in own}, **buffers}
-        if isinstance(inputs, dict):
-            return torch.func.functional_call(self.model, values, (), inputs)
-        return torch.func.functional_call(self.model, values, inputs if isinstance(inputs, tuple) else (inputs,))
+        return called(self.model, {name: value for name, value in params.items() if name in own}, buffers, inputs)
 
     def check_batch(self, batch: Batch) -> None:
         """Run the model (its buffers stay as they are) and the loss on `batch` once; look at the whole training set (the test set is for `evaluate`).

@@ -1,0 +1,101 @@
+"""Buffers that a forward writes, in place or by assigning a new tensor: every engine keeps them, and cutting a model leaves them alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import tolerance
+from torch import nn
+
+from altgrad import Learner
+from altgrad.blocks import cut_model
+
+ENGINES = {
+    **{name: {} for name in ("backprop", "forward", "spsa", "likelihood-ratio", "straight-through", "equilibrium", "feedback-alignment")},
+    **{name: {"population": 8} for name in ("es", "eggroll")},
+    **{name: {} for name in ("mono-forward", "predsim", "forward-forward", "direct-feedback-alignment", "deep-supervision", "local")},
+}
+X, Y = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64), torch.arange(12) % 3
+
+
+class Centred(nn.Module):
+    """relu(h - m), m a running mean, and a count; `assigned` puts new tensors in the buffers' places."""
+
+    def __init__(self, assigned):
+        super().__init__()
+        self.assigned = assigned
+        self.register_buffer("mean", torch.ones(6, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, h):
+        if not self.training:
+            return torch.relu(h - self.mean)
+        if self.assigned:
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            self.count = self.count + 1
+        else:
+            self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+            self.count += 1
+        return torch.relu(h - self.mean)
+
+
+class Whole(nn.Module):
+    """The same within a forward of its own, which is traced."""
+
+    def __init__(self, assigned):
+        super().__init__()
+        self.first, self.centred, self.second, self.head = nn.Linear(5, 6), Centred(assigned), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.second(self.centred(self.first(x)))))
+
+
+def sequential(assigned):
+    return nn.Sequential(nn.Linear(5, 6), Centred(assigned), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def trained(make, name, *, assigned):
+    """The buffers after two steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make(assigned).double()
+    learner = Learner(model, F.cross_entropy, engine=name, example=X, **ENGINES[name])
+    optimizer = torch.optim.SGD(learner.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        learner.backward(X, Y)
+        optimizer.step()
+    found = model.centred if make is Whole else model[1]
+    assert isinstance(found.mean, torch.Tensor)
+    return found.mean, int(found.count)
+
+
+@pytest.mark.parametrize("make", [sequential, Whole])
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_buffer_that_is_assigned_is_kept_as_one_that_is_written_in_place(name, make):
+    (mean, count), (expected, steps) = trained(make, name, assigned=True), trained(make, name, assigned=False)
+    assert torch.allclose(mean, expected, atol=tolerance("rounding64"))
+    assert not torch.allclose(mean, torch.full_like(mean, 0.81))  # the batch's own mean has come in
+    assert count == steps == 2
+
+
+@pytest.mark.parametrize("assigned", [True, False])
+def test_cutting_a_model_leaves_its_buffers_and_attributes_alone(assigned):
+    model = Whole(assigned)
+    mean, before = model.centred.mean, {name: set(vars(module)) for name, module in model.named_modules()}
+    cut_model(model)
+    assert model.centred.mean is mean
+    assert mean.tolist() == [1.0] * 6
+    assert int(model.centred.count) == 0
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_what_a_forward_keeps_on_itself_is_no_stand_in_after_a_cut():
+    class Keeping(Whole):
+        def forward(self, x):
+            self.seen = self.first(x)
+            return self.head(self.second(torch.relu(self.seen)))
+
+    model = Keeping(False)
+    model.seen = 3
+    cut_model(model)
+    assert model.seen == 3
