@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
+from altgrad.calling import swapped
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree
 from altgrad.errors import CapabilityError, require
 from altgrad.problem import Batch, Problem
@@ -137,16 +138,10 @@ def again(module: nn.Module, forward: Callable[..., Any], position: int) -> Call
             with AddressedSamplers(outer.key.fold("stage", position), first=outer.first, examples=outer.examples), swapped(module, current):
                 return forward(*inner_args, **kwargs)
 
+        inner.remembers = True  # type: ignore[attr-defined] # for calling.py, which need not see to it
         return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False)
 
     return run
-
-
-@contextmanager
-def swapped(module: nn.Module, values: Tree) -> Iterator[None]:
-    """The module with other tensors in place of its parameters and buffers."""
-    with torch.nn.utils.stateless._reparametrize_module(module, values):
-        yield
 
 
 def find_holder(model: nn.Module) -> nn.Sequential | nn.ModuleList | None:

@@ -1,13 +1,18 @@
-"""Buffers that a forward writes, in place or by assigning a new tensor: every engine keeps them, and cutting a model leaves them alone."""
+"""Modules called with other tensors than their own: buffers that a forward writes, cuts that leave a model alone, activations that it checkpoints itself."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tolerances import tolerance
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from altgrad import Learner
+from altgrad.alignment import exact_gradient
 from altgrad.blocks import cut_model
+from altgrad.problem import Batch
+from altgrad.problems.supervised import Supervised
+from altgrad.rng import Key
 
 ENGINES = {
     **{name: {} for name in ("backprop", "forward", "spsa", "likelihood-ratio", "straight-through", "equilibrium", "feedback-alignment")},
@@ -99,3 +104,61 @@ def test_what_a_forward_keeps_on_itself_is_no_stand_in_after_a_cut():
     model.seen = 3
     cut_model(model)
     assert model.seen == 3
+
+
+# -- activations that a forward checkpoints itself -----------------------------------------------------------------------------------
+
+
+class Checkpointing(nn.Module):
+    """Two parts with dropout and batch norm between them, of which the backward pass runs the second again where `on`."""
+
+    def __init__(self, on):
+        super().__init__()
+        self.on = on
+        self.first = nn.Sequential(nn.Linear(5, 6), nn.Dropout(0.5))
+        self.second = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.5))
+        self.third, self.head = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)), nn.Linear(6, 3)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.head(self.third(checkpoint(self.second, h, use_reentrant=False) if self.on else self.second(h)))
+
+
+def checkpointing(on):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Checkpointing(on).double()
+
+
+@pytest.mark.parametrize("name", ["backprop", "straight-through", "feedback-alignment", "implicit", "deep-supervision", "mono-forward"])
+def test_a_model_that_checkpoints_its_activations_has_the_gradient_of_one_that_does_not(name):
+    found = {}
+    for on in (True, False):
+        model = checkpointing(on)
+        learner = Learner(model, F.cross_entropy, engine=name, example=X)
+        torch.optim.SGD(learner.parameters(), lr=1e-2).zero_grad()
+        learner.backward(X, Y)
+        found[on] = [parameter.grad for parameter in model.parameters()], dict(model.named_buffers())
+    assert all(torch.allclose(one, other, atol=tolerance("rounding64")) for one, other in zip(found[True][0], found[False][0], strict=True))
+    assert all(torch.allclose(found[True][1][key], value) for key, value in found[False][1].items())
+    assert int(found[True][1]["second.1.num_batches_tracked"]) == 1
+
+
+def test_what_is_run_again_has_the_parameters_that_the_pass_was_given():
+    grads = []
+    for on in (True, False):
+        problem = Supervised(checkpointing(on), F.cross_entropy)
+        grads.append(exact_gradient(problem, {name: 3 * value.detach() for name, value in problem.params().items()}, Batch(X, Y), Key(0))[1])
+    assert all(torch.allclose(grads[0][name], value, atol=tolerance("rounding64")) for name, value in grads[1].items())
+
+
+def test_checkpointing_of_the_engine_and_of_the_model_go_together():
+    found = []
+    for on, settings in ((True, {"checkpointing": True}), (False, {"checkpointing": True})):
+        model = nn.Sequential(checkpointing(on), nn.Tanh(), nn.Linear(3, 3).double())
+        with torch.no_grad():
+            model[2].weight.copy_(torch.eye(3))
+            model[2].bias.zero_()
+        Learner(model, F.cross_entropy, engine="backprop", **settings).backward(X, Y)
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(one, other, atol=tolerance("rounding64")) for one, other in zip(*found, strict=True))
