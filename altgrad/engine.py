@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from altgrad.errors import CapabilityError
@@ -175,6 +176,11 @@ class Engine:
 def flag_names(needs: Needs) -> str:
     """The flags of `needs`, comma separated."""
     return ", ".join(flag.name or "" for flag in Needs if flag in needs) or "nothing"
+
+
+def dense(grad: Tensor) -> Tensor:
+    """A gradient in the layout of its parameter; that of an embedding with sparse=True comes as a list of rows, which few optimizers take."""
+    return grad if grad.layout is torch.strided else grad.to_dense()
 
 
 def over_ranks(engine: Engine, estimate: Estimate, world: World, examples: int) -> Estimate:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from altgrad import export, registry
 from altgrad.credit import Influence
-from altgrad.engine import Engine, Tree, data_ranks, fit_check, over_ranks
+from altgrad.engine import Engine, Tree, data_ranks, dense, fit_check, over_ranks
 from altgrad.engines.mixed import Mixed
 from altgrad.engines.spelling import parts_of
 from altgrad.errors import CheckpointError, DataError, NumericsError, UsageError
@@ -142,7 +142,7 @@ class Learner:
 
     def fill(self, made: Mapping[str, Tensor]) -> None:
         """Add every gradient to its parameter's, or none of them."""
-        tensors, grads = self.tensors(), dict(made)
+        tensors, grads = self.tensors(), {name: dense(grad) for name, grad in made.items()}
         bad = first_not_finite(grads)
         if bad is not None:
             raise self.refusal(bad)
@@ -156,13 +156,15 @@ class Learner:
         if absent:
             raise UsageError(f"apply has no optimizer for {absent[0]!r}; {ONE_EACH}.")
         weights = getattr(made, "weights", None)  # of a sum of finite directions: where they are finite, so is every gradient, short floats apart
-        known = made if isinstance(made, dict) else {"every parameter": weights} if isinstance(weights, Tensor) else {}
+        known: Mapping[str, Tensor] = {"every parameter": weights} if isinstance(weights, Tensor) else {}
+        if isinstance(made, dict):
+            known = {name: dense(grad) for name, grad in made.items()}
         bad = first_not_finite(known)
         if bad is not None:
             raise self.refusal(bad)
         stepped: list[str] = []
         for name in list(made):
-            grad = made.pop(name) if isinstance(made, dict) else made[name]
+            grad = dense(made.pop(name) if isinstance(made, dict) else made[name])
             if first_not_finite({name: grad}) is not None:
                 raise self.refusal(name, stepped)
             parameter = tensors[name]
@@ -281,7 +283,8 @@ def first_not_finite(grads: Mapping[str, Tensor]) -> str | None:
     if not grads:
         return None
     # ⟨g, g⟩ is one fast pass; it may overflow where g does not, so a suspicion is looked into.
-    squares = torch.stack([torch.dot(flat, flat).float() for flat in (grad.flatten() for grad in grads.values())])
+    flat = [(torch.view_as_real(grad) if grad.is_complex() else grad).flatten() for grad in grads.values()]
+    squares = torch.stack([torch.dot(one, one).float() for one in flat])
     if bool(torch.isfinite(squares).all()):
         return None
     return next((name for name, grad in grads.items() if not bool(torch.isfinite(grad).all())), None)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from altgrad import checkpoint, optimizer_state, pictures, runs, signals
-from altgrad.engine import Estimate, Tree, data_ranks, over_ranks
+from altgrad.engine import Estimate, Tree, data_ranks, dense, over_ranks
 from altgrad.errors import Interrupted, NumericsError, ShapeError
 from altgrad.kernels import noise
 from altgrad.local.readouts import OWN
@@ -70,7 +70,7 @@ def fill(training: Training, batch: Batch) -> Estimate:
     estimate = over_ranks(training.engine, estimate, training.world, training.problem.batch_size_of(batch))
     gradients: Tree = {}
     for name in estimate.grads:
-        gradient, parameter = estimate.grads[name], training.params.get(name)
+        gradient, parameter = dense(estimate.grads[name]), training.params.get(name)
         if parameter is None or gradient.shape != parameter.shape:
             expected = "no such parameter" if parameter is None else f"a parameter of shape {tuple(parameter.shape)}"
             raise ShapeError(f"engine {training.settings.engine} gave a gradient of shape {tuple(gradient.shape)} for {name!r}: there is {expected}.")

@@ -1,5 +1,7 @@
 """Modules called with other tensors than their own: buffers that a forward writes, cuts that leave a model alone, activations that it checkpoints itself."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from altgrad import Learner
 from altgrad.alignment import exact_gradient
 from altgrad.blocks import cut_model
+from altgrad.learner import first_not_finite
 from altgrad.problem import Batch
 from altgrad.problems.supervised import Supervised
 from altgrad.rng import Key
@@ -162,3 +165,28 @@ def test_checkpointing_of_the_engine_and_of_the_model_go_together():
         Learner(model, F.cross_entropy, engine="backprop", **settings).backward(X, Y)
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(one, other, atol=tolerance("rounding64")) for one, other in zip(*found, strict=True))
+
+
+# -- gradients of other layouts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["backprop", "straight-through", "deep-supervision", "direct-feedback-alignment"])
+def test_a_sparse_embedding_has_the_gradient_of_a_dense_one(name):
+    tokens, found = torch.arange(24).view(12, 2) % 7, {}
+    for sparse in (True, False):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Embedding(9, 4, sparse=sparse), nn.Flatten(), nn.Linear(8, 3))
+        learner = Learner(model, F.cross_entropy, engine=name, example=tokens)
+        optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+        learner.backward(tokens, Y)
+        optimizer.step()
+        found[sparse] = [parameter.detach() for parameter in model.parameters()]
+    assert all(torch.equal(one, other) for one, other in zip(found[True], found[False], strict=True))
+
+
+def test_an_imaginary_part_that_is_not_finite_is_met():
+    grad = torch.ones(3, 5, dtype=torch.complex128)
+    assert first_not_finite({"w": grad}) is None
+    grad[0, 0] = complex(1.0, math.inf)
+    assert first_not_finite({"w": grad}) == "w"
