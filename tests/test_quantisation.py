@@ -142,7 +142,7 @@ def test_learned_steps_of_inputs_start_from_the_example():
     handle = own[3].input_quantiser.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
     own(data()[0])
     handle.remove()
-    assert float(own[3].input_quantiser.step.detach()) == pytest.approx(2 * float(seen[0].abs().mean()) / 7**0.5)
+    assert float(own[3].input_quantiser.step.detach()) == pytest.approx(2 * float(seen[0].detach().abs().mean()) / 7**0.5)
 
 
 def test_calibrating_leaves_running_statistics_alone():
@@ -395,7 +395,11 @@ PLANTED = [
     ("the first layer quantised", (layers, "selected", not_exempt), lambda: test_the_first_and_the_last_layer_are_exempt_unless_told_otherwise({}, ["3", "6"])),
     ("rectifiers left in front of a sign", (inputs, "silence", never_silent), test_rectifiers_in_front_of_a_sign_are_passed_over_and_others_stay),
     ("a range over the whole batch", (quantisers, "trailing", shared_range), test_an_examples_input_levels_do_not_depend_on_the_other_examples),
-    ("a hook that is not taken off", (inputs, "unhook", lambda hooks, hook: None), test_dequantising_gives_the_model_back_with_its_own_tensors_in_their_order),
+    (
+        "a hook that is not taken off",
+        (inputs, "unhook", lambda hooks, with_kwargs, hook: None),
+        test_dequantising_gives_the_model_back_with_its_own_tensors_in_their_order,
+    ),
     (
         "torch's own removal",
         (applying, "bare", lambda layer: applying.parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)),

@@ -21,14 +21,18 @@ from altgrad.surrogates.modules import SignActivation
 SPEC = "spec"
 
 
-def quantise_input(layer: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def quantise_input(layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook."""
-    return (getattr(layer, INPUT)(inputs[0]), *inputs[1:])
+    part = getattr(layer, INPUT)
+    if inputs:
+        return (part(inputs[0]), *inputs[1:]), named
+    first = next(iter(named))
+    return inputs, {**named, first: part(named[first])}
 
 
-def pass_over(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+def pass_over(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
     """A forward hook: what went in comes out."""
-    return inputs[0]
+    return inputs[0] if inputs else next(iter(named.values()))
 
 
 def put(layer: nn.Module, spec: Spec) -> None:
@@ -37,14 +41,14 @@ def put(layer: nn.Module, spec: Spec) -> None:
     part = of_input(spec, axes=axes_of(layer), like=like.detach())
     part.spec = str(spec)  # type: ignore[assignment]
     layer.add_module(INPUT, part)
-    layer.register_forward_pre_hook(quantise_input)
+    layer.register_forward_pre_hook(quantise_input, with_kwargs=True)
 
 
 def silence(module: nn.Module) -> None:
     """Make a module hand on what it is given."""
     if getattr(module, "inplace", False):  # it would have changed what is handed on
         module.inplace, module.was_inplace = False, True  # type: ignore[assignment]
-    module.register_forward_hook(pass_over)
+    module.register_forward_hook(pass_over, with_kwargs=True)
 
 
 def is_silent(module: nn.Module) -> bool:
@@ -55,26 +59,26 @@ def is_silent(module: nn.Module) -> bool:
 def take_off(layer: nn.Module) -> None:
     """Undo `put`."""
     delattr(layer, INPUT)
-    unhook(layer._forward_pre_hooks, quantise_input)
+    unhook(layer._forward_pre_hooks, layer._forward_pre_hooks_with_kwargs, quantise_input)
 
 
 def wake(module: nn.Module) -> None:
     """Undo `silence`."""
-    unhook(module._forward_hooks, pass_over)
+    unhook(module._forward_hooks, module._forward_hooks_with_kwargs, pass_over)
     if getattr(module, "was_inplace", False):
         module.inplace = True  # type: ignore[assignment]
         del module.was_inplace
 
 
-def unhook(hooks: Any, hook: Any) -> None:
+def unhook(hooks: Any, with_kwargs: Any, hook: Any) -> None:
     """Take a hook out of a module's."""
     for number in [number for number, other in hooks.items() if other is hook]:
-        del hooks[number]
+        del hooks[number], with_kwargs[number]
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, inputs: Any) -> None:
-    """Run the model once, in its present mode: learned steps of inputs are set from what arrives there, and signs that cannot change are refused.
+    """Run the model once, in its present mode: learned steps of inputs are set from what arrives there, and inputs that would not be quantised are refused.
 
     The model's buffers stay as they are.
 
@@ -82,27 +86,37 @@ def calibrate(model: nn.Module, inputs: Any) -> None:
         inputs: some examples: a tensor, a tuple of positional or a dict of keyword arguments.
 
     Raises:
-        CapabilityError: the sign is taken of numbers none of which is negative, so that it is +1 whatever they are.
+        CapabilityError: the sign is taken of numbers none of which is negative, so that it is +1 whatever they are; or a layer is not called.
     """
     size = len(next(iter(inputs.values())) if isinstance(inputs, dict) else inputs[0] if isinstance(inputs, tuple) else inputs)
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-    with watching(model), AddressedSamplers(Key(0).fold("calibrate"), examples=size):
+    with watching(model) as unseen, AddressedSamplers(Key(0).fold("calibrate"), examples=size):
         if isinstance(inputs, dict):
             torch.func.functional_call(model, buffers, (), inputs)
         else:
             torch.func.functional_call(model, buffers, inputs if isinstance(inputs, tuple) else (inputs,))
+    if unseen:
+        names = ", ".join(repr(name) for name in sorted(unseen))
+        raise CapabilityError(
+            f"{names}: not called on the example, so the input would stay as it is. Where another module reads the weight (nn.MultiheadAttention that of its "
+            f"out_proj), leave the layer out: exempt='first-last,{','.join(sorted(unseen))}'; otherwise hand in an example that reaches it."
+        )
 
 
 @contextmanager
-def watching(model: nn.Module) -> Iterator[None]:
-    """`look` at the inputs of every quantised layer, before they are quantised."""
-    handles = []
-    for name, layer in quantised(model).items():
-        part = getattr(layer, INPUT, None)
-        if part is not None:
-            handles.append(part.register_forward_pre_hook(lambda part, given, name=name: look(name, part, given[0])))
+def watching(model: nn.Module) -> Iterator[set[str]]:
+    """`look` at the inputs of every quantised layer, before they are quantised; gives the names of layers that none came to."""
+    parts = {name: getattr(layer, INPUT) for name, layer in quantised(model).items() if hasattr(layer, INPUT)}
+    unseen, handles = set(parts), []
+    for name, part in parts.items():
+
+        def see(part: nn.Module, given: tuple[Any, ...], name: str = name) -> None:
+            unseen.discard(name)
+            look(name, part, given[0])
+
+        handles.append(part.register_forward_pre_hook(see))
     try:
-        yield
+        yield unseen
     finally:
         for handle in handles:
             handle.remove()

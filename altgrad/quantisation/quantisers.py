@@ -57,11 +57,14 @@ class Uniform(nn.Module):
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(s, β); no β where the levels lie evenly around 0."""
-        over = trailing(self.axes)
+        over, eps = trailing(self.axes), torch.finfo(x.dtype).eps
+        most = 2**self.bits - 1 if self.affine else 2 ** (self.bits - 1) - 1
+        # A quotient in a coarse type (bfloat16 with 8 bits) may round to one level above the last: a wider step takes that back.
+        widest = most / (1 + eps) if most * eps >= 0.5 else most
         if not self.affine:
-            return nonzero(x.abs().amax(over, keepdim=True) / (2 ** (self.bits - 1) - 1)), None
+            return nonzero(x.abs().amax(over, keepdim=True) / widest), None
         least = x.amin(over, keepdim=True)
-        return nonzero((x.amax(over, keepdim=True) - least) / (2**self.bits - 1)), least
+        return nonzero((x.amax(over, keepdim=True) - least) / widest), least
 
     def forward(self, x: Tensor) -> Tensor:
         step, offset = self.grid(x)
