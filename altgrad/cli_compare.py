@@ -107,10 +107,9 @@ def show_comparison(result: Any, *, as_json: bool) -> None:
         emit(result.as_dict())
         return
     from altgrad import report
-    from altgrad.verdict import verdict
 
     click.echo(columns([report.cells(row) for row in result.rows], report.headings(result.rows)))
-    click.echo("\n" + "\n".join(verdict(result)))
+    click.echo("\n" + "\n".join(result.verdict()))
 
 
 def numbers(option: str, text: str | None) -> tuple[float, ...]:

@@ -75,8 +75,8 @@ out_options = with_options(
 
 
 def chosen(text: str) -> Any:
-    """ "forward[space=weights,rank=1]" as compare.Choice."""
-    from altgrad.compare import choice_of
+    """ "forward[space=weights,rank=1]" as a Choice."""
+    from altgrad.compare_settings import choice_of
 
     name, bracket, rest = text.strip().partition("[")
     if bracket and not rest.endswith("]"):

@@ -1,32 +1,21 @@
-"""Comparisons and runs made visible: plots, and one HTML page that stands alone. The tables are in tables.py.
-
-Plots use matplotlib's Agg canvas through objects of their own: no pyplot, and the reader's settings are as they were afterwards.
-"""
+"""Comparisons and runs made visible: plots, and one HTML page that stands alone. The tables are in tables.py, the canvas in drawing.py."""
 
 import base64
 import html
-import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from altgrad import runs
-from altgrad.comparison import Comparison, Row
-from altgrad.errors import MissingExtraError
+from altgrad.compare_row import Row
+from altgrad.comparison import Comparison
+from altgrad.drawing import COLOURS, INK, canvas, looks
+from altgrad.report_layers import layer_cosines, layer_table
 from altgrad.tables import cells, engine_table, from_csv, from_json, headings, markdown, place, size, table, to_csv, to_json
-from altgrad.verdict import verdict
 
-INK = {"light": ("#1c1e21", "#d7dade", "#ffffff"), "dark": ("#e4e6ea", "#3d4148", "#17191c")}  # text, grid, background
-# Okabe and Ito's colours, told apart by every kind of eye, lighter on dark; baselines take the ink itself with four kinds of line.
-COLOURS = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8a6bd1", "#a6761d"),
-    "dark": ("#5bb8f0", "#ff8a3d", "#2fcf9f", "#eb9cc8", "#f2bd42", "#9bb7ff", "#b99df5", "#d2a65a"),
-}
-DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (5, 2, 1.5, 2)))
 # what is shown, the first that there is
 FIGURES = {
     "test_accuracy": "Test accuracy",
@@ -44,70 +33,14 @@ def write(comparison: Comparison, folder: str | Path) -> list[Path]:
         MissingExtraError: matplotlib is not installed. AltgradError: a file cannot be written.
     """
     folder = Path(folder)
-    from altgrad.report_layers import layer_table
-
     tables = [markdown(comparison.rows), layer_table(comparison.rows)]
-    lines = "".join(table + "\n" for table in tables if table) + "".join(f"- {sentence}\n" for sentence in [*verdict(comparison), *comparison.method])
+    lines = "".join(table + "\n" for table in tables if table) + "".join(f"- {sentence}\n" for sentence in [*comparison.verdict(), *comparison.method])
     found = [to_json(comparison, folder / "comparison.json"), to_csv(comparison, folder / "comparison.csv"), place(folder / "table.md", lines.encode())]
     found += [place(folder / f"{name}.png", draw(comparison)) for name, (_, draw) in PLOTS.items()]
     return [*found, place(folder / "report.html", page(comparison).encode())]
 
 
 # -- plots -----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def canvas(width: float, height: float, *, theme: str) -> Iterator[tuple[Any, Callable[[], bytes]]]:
-    """A figure of so many inches, and what gives its PNG; the reader's matplotlib settings are put back afterwards.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("matplotlib", "plot", "a plot") from error
-    ink, grid, back = INK[theme]
-    style: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), ink)
-    style |= {
-        "axes.edgecolor": grid,
-        "axes.facecolor": back,
-        "grid.color": grid,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    style |= {"font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False, "figure.dpi": 150, "grid.linewidth": 0.7}
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        for name, value in style.items():
-            matplotlib.rcParams[name] = value  # type: ignore[index]
-        figure = Figure(figsize=(width, height), layout="constrained", facecolor=back)
-        FigureCanvasAgg(figure)
-
-        def png() -> bytes:
-            out = io.BytesIO()
-            figure.savefig(out, format="png", metadata={"Software": None})
-            return out.getvalue()
-
-        yield figure, png
-
-
-def looks(rows: Sequence[Row], theme: str) -> list[dict[str, Any]]:
-    """Colour and line of every row: ink and dashes for baselines, colours for the rest."""
-    found, plain, coloured = [], 0, 0
-    for row in rows:
-        if row.baseline:
-            found.append({"color": INK[theme][0], "linestyle": DASHES[plain % len(DASHES)], "linewidth": 1.4, "zorder": 2.5})
-            plain += 1
-        else:
-            again, number = divmod(coloured, len(COLOURS[theme]))
-            found.append({"color": COLOURS[theme][number], "linestyle": DASHES[again % 3], "linewidth": 2.0, "zorder": 3})
-            coloured += 1
-    return found
 
 
 def curves(comparison: Comparison, *, against: str, theme: str = "light") -> bytes:
@@ -206,18 +139,11 @@ def costs(comparison: Comparison, *, theme: str = "light") -> bytes:
         return png()
 
 
-def by_layer(comparison: Comparison, *, theme: str = "light") -> bytes:
-    """Cosines by layer, PNG (report_layers.py, which draws on this file's canvas)."""
-    from altgrad.report_layers import layer_cosines
-
-    return layer_cosines(comparison, theme=theme)
-
-
 PLOTS: dict[str, tuple[str, Callable[..., bytes]]] = {
     "accuracy-against-forwards": ("Against forwards", lambda comparison, theme="light": curves(comparison, against="forwards", theme=theme)),
     "accuracy-against-seconds": ("Against wall time", lambda comparison, theme="light": curves(comparison, against="seconds", theme=theme)),
     "costs": ("Memory and direction", costs),
-    "layers": ("Direction by layer", by_layer),
+    "layers": ("Direction by layer", layer_cosines),
 }
 
 
@@ -334,7 +260,7 @@ def page(comparison: Comparison) -> str:
 <tbody>
 {body}</tbody>
 </table></div>
-<ul class="verdict">{bullets(verdict(comparison))}</ul>
+<ul class="verdict">{bullets(comparison.verdict())}</ul>
 {figures}<h2>How this was measured</h2>
 <ul>{bullets(comparison.method)}</ul>
 {tuned if tuning else ""}

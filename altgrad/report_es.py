@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from altgrad import durable
-from altgrad.report import COLOURS, INK, canvas
+from altgrad.drawing import COLOURS, INK, canvas
 
 COLUMNS = (
     "generation",

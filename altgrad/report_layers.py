@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from altgrad.comparison import Comparison, Row
-from altgrad.report import canvas, looks
+from altgrad.compare_row import Row
+from altgrad.comparison import Comparison
+from altgrad.drawing import canvas, looks
 from altgrad.tables import markdown_table
 
 

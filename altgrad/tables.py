@@ -13,7 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from altgrad import durable, registry
-from altgrad.comparison import Comparison, Row
+from altgrad.compare_row import Row
+from altgrad.comparison import Comparison
 from altgrad.errors import AltgradError
 
 COLUMNS = ("engine", "test accuracy", "forwards", "backwards", "seconds", "peak memory", "cosine", "lr")

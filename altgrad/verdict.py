@@ -3,15 +3,12 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from altgrad.budget import BUDGETS
+from altgrad.compare_row import Row
+from altgrad.compare_settings import REFERENCE, CompareSettings
 
-if TYPE_CHECKING:
-    from altgrad.compare import CompareSettings
-    from altgrad.comparison import Comparison, Row
-
-REFERENCE = "backprop"  # the label every other row is held against
 ATTACK = (
     "FGSM: accuracy when every test input takes one step, that share of the inputs' range long, along the sign of its own loss gradient (white box, "
     "by autograd on the trained model; - where it has no derivative). It is one weak attack: to stand it is no proof of robustness."
@@ -20,10 +17,10 @@ SHOWN = 6  # blocks whose heads are told one by one; all are in the JSON
 LEVEL = 0.1  # costs closer than this share are not told apart: wall time wavers by as much
 
 
-def verdict(comparison: "Comparison") -> list[str]:
-    """The sentences under the table."""
-    reference = next((row for row in comparison.rows if row.label == REFERENCE), None)
-    rules = [row for row in comparison.rows if not row.baseline]
+def sentences(rows: Sequence[Row], settings: Mapping[str, Any], skipped: Mapping[str, str]) -> list[str]:
+    """The sentences under the table; arguments as the fields of a Comparison."""
+    reference = next((row for row in rows if row.label == REFERENCE), None)
+    rules = [row for row in rows if not row.baseline]
     found = []
     if reference is None:
         found.append("Backprop could not be run on this problem, so there is nothing to hold these figures against.")
@@ -31,28 +28,28 @@ def verdict(comparison: "Comparison") -> list[str]:
         found.append("Only backprop and its variants were run.")
     else:
         found += quality(reference, rules)
-        kind = comparison.settings["budget"].partition("=")[0].strip()
+        kind = settings["budget"].partition("=")[0].strip()
         costs = {
             "wall time": {row.label: row.seconds for row in [reference, *rules]} if kind != "seconds" else {},
             "forward-equivalents": {row.label: row.equivalents for row in [reference, *rules]} if kind != "forwards" else {},
             "peak memory": {row.label: float(row.peak_memory_bytes) for row in [reference, *rules]},
         }
         found += [sentence for name, values in costs.items() for sentence in cost(name, values)]
-        least = min((row for row in comparison.rows if row.baseline), key=lambda row: row.peak_memory_bytes)
+        least = min((row for row in rows if row.baseline), key=lambda row: row.peak_memory_bytes)
         if least is not reference and any(row.peak_memory_bytes < reference.peak_memory_bytes for row in rules):
             still = [row.label for row in rules if row.peak_memory_bytes < least.peak_memory_bytes]
             found.append(f"Below the leanest form of backprop ({least.label}) in peak memory: {', '.join(still) or 'none'}.")
-    for row in comparison.rows:
+    for row in rows:
         if row.diverged:
             found.append(f"{row.label}: {row.diverged} of {len(row.curves)} runs diverged; their figures are those of the last step made.")
-    found += [sentence for row in comparison.rows for sentence in read_out(row)]
-    edge = [f"{row.label} ({row.lr:g})" for row in comparison.rows if row.at_edge]
+    found += [sentence for row in rows for sentence in read_out(row)]
+    edge = [f"{row.label} ({row.lr:g})" for row in rows if row.at_edge]
     if edge:
         found.append(f"The best learning rate was at the edge of the grid for {', '.join(edge)}; a wider grid might serve them better.")
-    return found + [f"{label} was not run: {reason}" for label, reason in comparison.skipped.items()]
+    return found + [f"{label} was not run: {reason}" for label, reason in skipped.items()]
 
 
-def quality(reference: "Row", rules: Sequence["Row"]) -> list[str]:
+def quality(reference: Row, rules: Sequence[Row]) -> list[str]:
     """Accuracy (loss where there is none) against backprop's; a difference within the spread of the seeds is called level."""
     by_accuracy = reference.accuracy is not None
     name = "test accuracy" if by_accuracy else "test loss"
@@ -77,7 +74,7 @@ def quality(reference: "Row", rules: Sequence["Row"]) -> list[str]:
     return [line for line in lines if line]
 
 
-def read_out(row: "Row") -> list[str]:
+def read_out(row: Row) -> list[str]:
     """What the other read-outs of a rule would have given: the mean over seeds."""
     means = {name: statistics.fmean(known) for name, values in row.readouts.items() if (known := [value for value in values if value is not None])}
     if not means:
@@ -100,7 +97,7 @@ def cost(name: str, values: Mapping[str, float]) -> list[str]:
     return [line for line in (more and f"Backprop wins on {name}: {', '.join(more)}.", less and f"Less {name} than backprop: {', '.join(less)}.") if line]
 
 
-def method(settings: "CompareSettings", grid: Sequence[float], *, draws: int) -> list[str]:
+def method(settings: CompareSettings, grid: Sequence[float], *, draws: int) -> list[str]:
     """How the figures were measured."""
     kind, _, amount = settings.budget.partition("=")
     seeds = f"{len(settings.seeds)} seeds" if len(settings.seeds) > 1 else "1 seed"

@@ -12,9 +12,9 @@ import torch
 from altgrad import compare as comparing
 from altgrad import errors, trainer
 from altgrad.budget import Budget, equivalents
-from altgrad.compare import BASELINES, Choice, CompareSettings, choice_of, compare
+from altgrad.compare import Choice, CompareSettings, compare
+from altgrad.compare_settings import BASELINES, choice_of
 from altgrad.comparison import Comparison
-from altgrad.verdict import verdict
 
 FORWARD = Choice("forward", "forward", {"tangents": 2})
 
@@ -142,7 +142,7 @@ def test_mean_and_spread_are_those_of_the_seeds(plain):
 def test_a_single_seed_has_no_spread():
     found = compare(settings(seeds=(3,)))
     assert row_of(found, "forward").accuracy_spread is None
-    assert any("One seed tells nothing" in sentence for sentence in verdict(found))
+    assert any("One seed tells nothing" in sentence for sentence in found.verdict())
 
 
 def test_backprop_points_where_backprop_points_and_forward_does_not_quite(plain):
@@ -186,7 +186,7 @@ def test_progress_counts_every_run_and_reaches_its_end(tuned):
 def test_a_run_that_diverges_is_counted_and_told():
     found = compare(settings(engines=(Choice("bang", "blobs:Exploding"),)))
     assert row_of(found, "bang").diverged == 2
-    assert any("bang: 2 of 2 runs diverged" in sentence for sentence in verdict(found))
+    assert any("bang: 2 of 2 runs diverged" in sentence for sentence in found.verdict())
 
 
 def test_an_engine_that_reports_no_forwards_is_refused():
@@ -197,7 +197,7 @@ def test_an_engine_that_reports_no_forwards_is_refused():
 def test_a_baseline_that_the_model_does_not_allow_is_left_out_with_the_reason():
     found = compare(settings(problem_settings={"one_layer": True}, engines=(), seeds=(0,)))
     assert [row.label for row in found.rows] == ["backprop", "backprop + accumulation"]
-    assert any(sentence.startswith("backprop + checkpointing was not run: checkpointing=True needs") for sentence in verdict(found))
+    assert any(sentence.startswith("backprop + checkpointing was not run: checkpointing=True needs") for sentence in found.verdict())
 
 
 def test_an_engine_that_the_problem_cannot_feed_is_refused_before_any_training(monkeypatch):
@@ -210,7 +210,7 @@ def test_a_problem_without_classes_is_compared_by_its_loss():
     found = compare(settings(problem="quadratic", problem_settings={"dimension": 5}, budget="forwards=30", lr=None, seeds=(0, 1)))
     assert row_of(found, "forward").accuracy is None
     assert row_of(found, "forward").loss > row_of(found, "backprop").loss
-    assert any("backprop on test loss" in sentence for sentence in verdict(found))
+    assert any("backprop on test loss" in sentence for sentence in found.verdict())
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_budget_reads_as_it_was_written():
 def judged(plain, **changes):
     """The sentences, had forward come to something else."""
     rows = [replace(row, **changes) if row.label == "forward" else replace(row, accuracy=0.9, accuracy_spread=0.01) for row in plain.rows]
-    return " ".join(verdict(replace(plain, rows=rows)))
+    return " ".join(replace(plain, rows=rows).verdict())
 
 
 def test_the_words_say_where_backprop_wins(plain):
@@ -281,16 +281,16 @@ def test_the_words_say_where_backprop_loses(plain):
 
 def test_the_words_hold_a_lean_engine_against_the_leanest_form_of_backprop(plain):
     rows = [replace(row, peak_memory_bytes=size) for row, size in zip(plain.rows, (100, 50, 80, 70), strict=True)]
-    told = " ".join(verdict(replace(plain, rows=rows)))
+    told = " ".join(replace(plain, rows=rows).verdict())
     assert "Less peak memory than backprop: forward (0.7 × as much)." in told
     assert "Below the leanest form of backprop (backprop + checkpointing) in peak memory: none." in told
 
 
 def test_the_words_name_wall_time_that_backprop_wins(plain):
     rows = [replace(row, seconds=2.0 if row.label == "forward" else 1.0) for row in plain.rows]
-    assert "Backprop wins on wall time: forward took 2 × as much." in " ".join(verdict(replace(plain, rows=rows)))
+    assert "Backprop wins on wall time: forward took 2 × as much." in " ".join(replace(plain, rows=rows).verdict())
 
 
 def test_a_best_rate_at_the_edge_of_the_grid_is_told(plain):
     rows = [replace(row, lr=0.1, tuning={"0.1": 0.9, "0.01": 0.8, "0.001": 0.7}) for row in plain.rows]
-    assert "at the edge of the grid for backprop (0.1)" in " ".join(verdict(replace(plain, rows=rows)))
+    assert "at the edge of the grid for backprop (0.1)" in " ".join(replace(plain, rows=rows).verdict())

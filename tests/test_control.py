@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from altgrad import report, tables, trainer
-from altgrad.comparison import Row
+from altgrad.compare_row import Row
 from altgrad.engine import Needs
 from altgrad.errors import SettingError, ShapeError, UsageError
 from altgrad.problem import Batch

@@ -28,7 +28,6 @@ from altgrad.problems.quadratic import Quadratic
 from altgrad.rng import Key
 from altgrad.tables import from_csv, to_csv
 from altgrad.training import TrainSettings, build
-from altgrad.verdict import verdict
 
 READOUTS = ("own", "last", "sum", "vote", "0")
 
@@ -306,7 +305,7 @@ def test_the_best_read_out_is_the_one_of_the_tuning_run():
 
 
 def test_the_words_name_the_read_outs(compared):
-    told = next(sentence for sentence in verdict(compared) if sentence.startswith("Test accuracy of mono by read-out"))
+    told = next(sentence for sentence in compared.verdict() if sentence.startswith("Test accuracy of mono by read-out"))
     assert "sum (the one in the table)" in told
     assert f"best on held-out data ({compared.rows[-1].best_readout})" in told
     assert "linear probe of all blocks" in told

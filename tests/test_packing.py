@@ -11,6 +11,7 @@ from torch import nn
 
 import altgrad
 from altgrad import compare, models, trainer, training
+from altgrad.compare_settings import choice_of
 from altgrad.errors import AltgradError, CheckpointError, UsageError
 from altgrad.quantisation import load_packed, pack, packing, save_packed, unpack
 from altgrad.rng import Key
@@ -169,7 +170,7 @@ def test_a_wrong_quantiser_is_a_usage_error(arguments, said):
 
 def test_compare_measures_the_quantised_model_and_says_what_the_rule_does():
     settings = compare.CompareSettings(model_settings={"hidden": "8-8"}, quantize={"weights": "sign:reste"})
-    choice = compare.choice_of("straight-through:diagnose=1:diagnose_pairs=2")
+    choice = choice_of("straight-through:diagnose=1:diagnose_pairs=2")
     found = compare.measure(trainer.build(settings.train_settings(choice, seed=0, lr=0.1))).metrics
     assert {"estimating-error/2.weight", "flips", "dead", "cosine", "quantisers"} <= set(found)
     assert found["quantisers"] == 1

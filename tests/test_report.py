@@ -95,7 +95,7 @@ def test_the_page_has_every_plot_for_light_and_for_dark(page):
 
 def test_the_page_says_how_it_was_measured_with_what_and_who_won(found, page):
     text = "".join(read(page).text)
-    assert all(sentence in text for sentence in [*found.method, *report.verdict(found)])
+    assert all(sentence in text for sentence in [*found.method, *found.verdict()])
     assert found.environment["torch"] in text
     assert '"tangents": 2' in text
 
