@@ -401,8 +401,10 @@ def test_kmeans_of_as_many_codes_as_points_gives_the_points():
 
 def test_start_from_puts_the_codes_on_the_means():
     points = drawn("points", 30, 4)
-    for settings in ({}, {"ema": True}, {"affine": "running"}):
+    for settings in ({}, {"ema": True}, {"affine": "running"}, {"affine": "learned", "alternating": 2}):
         quantizer = VectorQuantizer(3, 4, **settings).double()
+        for tensor in quantizer.state_dict().values():
+            tensor.add_(0.3)  # as training leaves it
         quantizer.start_from(points, key=Key(2))
         assert torch.allclose(quantizer.table(), kmeans(points, 3, key=Key(2)), rtol=1e-9)
 

@@ -184,7 +184,7 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, points: Tensor, *, key: Key, sweeps: int = 10) -> None:
-        """Put the codes on the k-means of vectors [M, D], in place, before training begins.
+        """Put the codes on the k-means of vectors [M, D], in place; where they had been moved or mapped to before is forgotten.
 
         Raises:
             SettingError: more codes than vectors. ShapeError: vectors of another length.
@@ -196,6 +196,9 @@ class VectorQuantizer(nn.Module):
             self.total.copy_(found * self.usage[:, None])
         else:
             self.codebook.copy_(found)
+            for name in ("moved", "scale", "shift"):  # absent, or 0 before training
+                if hasattr(self, name):
+                    getattr(self, name).zero_()
         if self.affine == "running":  # from which the map starts as the identity
             self.mean.copy_(found.mean(0))
             self.square.copy_(found.square().mean(0))
