@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_map
 from altgrad.blocks import Block, check_shared
 from altgrad.engine import Bias, Engine, Estimate, Needs, Split, Tree, describe
 from altgrad.errors import CapabilityError, DataError, SettingError, near_miss, require
-from altgrad.export import Reading, joined
 from altgrad.local import readouts
 from altgrad.local.chain import hold_to_model, mixing
+from altgrad.local.joining import Reading, joined
 from altgrad.local.losses.frame import FEATURES, LocalLoss, Site, flat
 from altgrad.local.prefix import evaluating
 from altgrad.local.step import PREFIX, TRAINED, Step, by_block, chosen, heads_trained
