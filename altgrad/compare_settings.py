@@ -10,7 +10,7 @@ from altgrad.budget import Budget
 from altgrad.engine import Bias, Engine
 from altgrad.errors import SettingError, UsageError, near_miss, require
 from altgrad.schedules import Schedule
-from altgrad.training import TrainSettings
+from altgrad.training import TrainSettings, option
 
 REFERENCE = "backprop"  # the label every other row is held against
 LIMIT = 2**31  # steps; the budget ends a run long before
@@ -35,11 +35,6 @@ BASELINES = (
 )
 DEEP = Choice("backprop + deep supervision", "deep-supervision", {"loss": "greedy"})  # beside rules with local losses, which train heads too
 ALL = (*BASELINES, DEEP)
-
-
-def option(default: Any, meaning: str) -> Any:
-    """A settings field with its meaning."""
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ SHORT = {  # engine -> settings, for a quarter of the epochs
     "eggroll": {"population": 64},
     "likelihood-ratio": {"copies": 32},
 }
-SMALLER: dict[tuple[str, str], dict[str, Any]] = {("fashion", "eggroll"): {"chunk": 4}}  # fits a CPU's cache; the result is the same
+CHUNKED: dict[str, Any] = {"chunk": 4}  # of EGGROLL on convolutions: fits a CPU's cache, and the result is the same
 
 
 def perceptron(input_shape: tuple[int, ...], hidden: int, classes: int) -> nn.Sequential:
@@ -113,6 +113,7 @@ def signs(weights: str, inputs: str) -> dict[str, str]:
 def rows_of(network: str) -> dict[str, Any]:
     """Every surrogate of the sign, full precision, more bits, and other engines."""
     square = {"weights": "square-wave:biper", "activations": "sign:bireal"}
+    short = {**SHORT, "eggroll": {**SHORT["eggroll"], **CHUNKED}} if network == "fashion" else SHORT
     few = {"uniform lsq, 4 bits": "uniform:lsq,bits=4", "uniform, 8 bits": "uniform:round,bits=8"}
     return {
         "full precision": row(network, "backprop"),
@@ -122,10 +123,7 @@ def rows_of(network: str) -> dict[str, Any]:
         "ternary": row(network, weights="ternary", activations="sign:bireal"),
         **{name: row(network, weights=text, activations=text) for name, text in few.items()},
         "full precision, brief": brief(network, row(network, "backprop")),
-        **{
-            f"{engine}, brief": brief(network, row(network, engine, {**settings, **SMALLER.get((network, engine), {})}, **signs("bireal", "bireal")))
-            for engine, settings in SHORT.items()
-        },
+        **{f"{engine}, brief": brief(network, row(network, engine, settings, **signs("bireal", "bireal"))) for engine, settings in short.items()},
     }
 
 
