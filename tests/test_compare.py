@@ -169,6 +169,7 @@ def test_the_same_settings_give_the_same_accuracies(plain):
 
 def test_a_comparison_survives_json(plain):
     assert Comparison.of(json.loads(json.dumps(plain.as_dict()))).as_dict() == plain.as_dict()
+    assert plain.as_dict()["verdict"] == plain.verdict() != []
 
 
 def test_finished_rows_are_handed_over_one_by_one():
